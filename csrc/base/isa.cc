@@ -1,0 +1,168 @@
+// CPU detection: cpuid for the instructions, XGETBV for the registers that the system saves, arch_prctl for the AMX tiles.
+#include "base/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "base/error.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <errno.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace ktmoe {
+namespace {
+
+struct Probe {
+  CpuReport report;
+  bool has(const char* name) const {
+    for (const auto& f : report.features)
+      if (!std::strcmp(f.name, name)) return f.present;
+    return false;
+  }
+};
+
+#if defined(__x86_64__)
+std::uint64_t saved_registers() {
+  std::uint32_t lo, hi;
+  asm volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+  return (std::uint64_t{hi} << 32) | lo;
+}
+
+std::string request_tiles() {
+  constexpr long kArchReqXcompPerm = 0x1023, kXfeatureXtileData = 18;
+  if (syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtileData) == 0) return "granted";
+  return std::string("denied: ") + std::strerror(errno);
+}
+
+Probe probe() {
+  Probe p;
+  unsigned a, b, c, d;
+  char brand[49] = {};
+  for (unsigned i = 0; i < 3; ++i)
+    if (__get_cpuid(0x80000002u + i, &a, &b, &c, &d)) {
+      const unsigned regs[4] = {a, b, c, d};
+      std::memcpy(brand + 16 * i, regs, 16);
+    }
+  p.report.model = brand;
+
+  unsigned c1 = 0, b7 = 0, c7 = 0, d7 = 0;
+  if (__get_cpuid(1, &a, &b, &c1, &d) == 0) c1 = 0;
+  if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d7) == 0) b7 = c7 = d7 = 0;
+  const bool osxsave = c1 >> 27 & 1;
+  const std::uint64_t saved = osxsave ? saved_registers() : 0;
+  const bool ymm = (saved & 0x6) == 0x6, zmm = ymm && (saved & 0xe0) == 0xe0, tmm = zmm && (saved >> 17 & 3) == 3;
+  auto add = [&](const char* name, bool bit, bool registers) { p.report.features.push_back({name, bit && registers}); };
+  add("avx2", b7 >> 5 & 1, ymm);
+  add("fma", c1 >> 12 & 1, ymm);
+  add("avx512f", b7 >> 16 & 1, zmm);
+  add("avx512dq", b7 >> 17 & 1, zmm);
+  add("avx512bw", b7 >> 30 & 1, zmm);
+  add("avx512vl", b7 >> 31 & 1, zmm);
+  add("avx512vnni", c7 >> 11 & 1, zmm);
+  add("amx_tile", d7 >> 24 & 1, tmm);
+  add("amx_bf16", d7 >> 22 & 1, tmm);
+  add("amx_int8", d7 >> 25 & 1, tmm);
+  p.report.amx_permission = p.has("amx_tile") ? request_tiles() : "no AMX";
+  return p;
+}
+#else
+Probe probe() { return {{"not x86-64", {}, "no AMX"}}; }
+#endif
+
+const Probe& host() {
+  static const Probe* const probed = new Probe(probe());  // leaked: may be asked during exit
+  return *probed;
+}
+
+std::vector<const char*> needs(Isa isa) {
+  switch (isa) {
+    case Isa::amx:
+      return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni", "amx_tile", "amx_bf16", "amx_int8"};
+    case Isa::avx512vnni:
+      return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni"};
+    case Isa::avx512:
+      return {"avx512f", "avx512dq", "avx512bw", "avx512vl"};
+    case Isa::avx2:
+      return {"avx2", "fma"};
+    case Isa::portable:
+    case Isa::emulated_amx:
+      return {};
+  }
+  return {};
+}
+
+bool is_test_level(Isa isa) {
+  switch (isa) {
+#define KTMOE_ISA(id, name, test_only) \
+  case Isa::id:                        \
+    return test_only;
+#include "base/isas.inc"
+#undef KTMOE_ISA
+  }
+  return false;
+}
+
+}  // namespace
+
+const CpuReport& cpu_report() { return host().report; }
+
+std::string_view isa_name(Isa isa) {
+  switch (isa) {
+#define KTMOE_ISA(id, name, test_only) \
+  case Isa::id:                        \
+    return name;
+#include "base/isas.inc"
+#undef KTMOE_ISA
+  }
+  return "?";
+}
+
+std::string isa_missing(Isa isa) {
+  std::string missing;
+  for (const char* name : needs(isa))
+    if (!host().has(name)) missing += (missing.empty() ? "no " : ", ") + std::string(name);
+  if (isa == Isa::amx && missing.empty() && host().report.amx_permission != "granted")
+    missing = "tile permission " + host().report.amx_permission;
+  return missing;
+}
+
+bool isa_supported(Isa isa) { return isa_missing(isa).empty(); }
+
+std::vector<Isa> isa_levels(bool with_test_levels) {
+  std::vector<Isa> levels;
+  for (Isa isa : {
+#define KTMOE_ISA(id, name, test_only) Isa::id,
+#include "base/isas.inc"
+#undef KTMOE_ISA
+       })
+    if (isa_supported(isa) && (with_test_levels || !is_test_level(isa))) levels.push_back(isa);
+  return levels;
+}
+
+Isa isa_from_name(std::string_view name) {
+  if (name.empty()) return active_isa();
+  std::string choices;
+  for (Isa isa : isa_levels(true)) {
+    if (isa_name(isa) == name) return isa;
+    choices += (choices.empty() ? "" : ", ") + std::string(isa_name(isa));
+  }
+  for (Isa isa : {
+#define KTMOE_ISA(id, text, test_only) Isa::id,
+#include "base/isas.inc"
+#undef KTMOE_ISA
+       })
+    if (isa_name(isa) == name)
+      fail(ErrorKind::runtime, "[isa] '", name, "' is above this host (", isa_missing(isa), "): choose one of ", choices);
+  fail(ErrorKind::runtime, "[isa] unknown level: got '", name, "', expected one of ", choices);
+}
+
+Isa active_isa() {
+  const char* forced = std::getenv("KTMOE_ISA");
+  return forced && *forced ? isa_from_name(forced) : isa_levels(false).front();
+}
+
+}  // namespace ktmoe

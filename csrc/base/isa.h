@@ -1,0 +1,39 @@
+// What this CPU and this operating system let us execute.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace ktmoe {
+
+enum class Isa {
+#define KTMOE_ISA(id, name, test_only) id,
+#include "base/isas.inc"
+#undef KTMOE_ISA
+};
+
+struct CpuFeature {
+  const char* name;
+  bool present;  // the CPU has it and the system saves its registers
+};
+
+struct CpuReport {
+  std::string model;
+  std::vector<CpuFeature> features;
+  std::string amx_permission;  // "granted", "no AMX", or "denied: ..."
+};
+
+const CpuReport& cpu_report();  // probed once
+
+std::string_view isa_name(Isa isa);
+bool isa_supported(Isa isa);
+std::string isa_missing(Isa isa);  // what the host lacks for it; empty if supported
+std::vector<Isa> isa_levels(bool with_test_levels);
+
+// The best level of the host, or the one KTMOE_ISA names (which may lower the choice, never raise it above the host).
+Isa active_isa();
+// By name, "" = active_isa(). RuntimeError if unknown or not supported here.
+Isa isa_from_name(std::string_view name);
+
+}  // namespace ktmoe

@@ -1,0 +1,161 @@
+// MoeLayer, LoraAdapter and ForwardCache.
+#include "bindings/bind_layer.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+namespace ktmoe {
+
+ForwardArgs forward_args(const char* function, const MoeLayer& layer, const InArray& hidden, const InArray& ids, const InArray& weights) {
+  const MoeConfig& c = layer.config();
+  TensorArg<InArray> x(function, "hidden", hidden), i(function, "ids", ids), w(function, "weights", weights);
+  x.dtype({Dtype::bf16}).shape({-1, c.hidden}).rows_contiguous();
+  i.dtype({Dtype::int32, Dtype::int64}).shape({x.extent(0), c.top_k}).contiguous();
+  w.dtype({Dtype::fp32, Dtype::bf16}).shape({x.extent(0), c.top_k}).contiguous();
+  require(x.extent(0) * c.top_k < (std::int64_t{1} << 31), ErrorKind::value, x.where(), ": got ", x.extent(0), " tokens, expected fewer than 2^31 / top_k");
+  ForwardArgs args{{x.data<bf16>(), x.stride(0)}, {static_cast<int>(x.extent(0)), nullptr, nullptr, nullptr, nullptr}};
+  if (i.is(Dtype::int32)) args.routing.ids32 = i.data<std::int32_t>();
+  if (i.is(Dtype::int64)) args.routing.ids64 = i.data<std::int64_t>();
+  if (w.is(Dtype::fp32)) args.routing.weights32 = w.data<float>();
+  if (w.is(Dtype::bf16)) args.routing.weights16 = w.data<bf16>();
+  return args;
+}
+
+bf16* forward_out(const char* function, const MoeLayer& layer, const ForwardArgs& args, const OutArray& out) {
+  const int hidden = layer.config().hidden, n = args.routing.n_tokens;
+  TensorArg<OutArray> o(function, "out", out);
+  o.dtype({Dtype::bf16}).shape({n, hidden}).contiguous();
+  bf16* dst = o.data<bf16>();
+  if (n > 0) {
+    const bf16 *first = args.hidden.data, *last = first + (n - 1) * args.hidden.ld + hidden;
+    require(dst + static_cast<std::ptrdiff_t>(n) * hidden <= first || dst >= last, ErrorKind::value, o.where(), ": got memory that overlaps hidden, expected its own");
+  }
+  return dst;
+}
+
+namespace {
+
+std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<ThreadPool> pool, int n_experts, int top_k, int hidden, int inter,
+                                     const std::string& format, const std::string& isa, int chunk_tokens, std::optional<InArray> on_gpu) {
+  MoeConfig config{n_experts, top_k, hidden, inter, format_from_name(format), isa_from_name(isa), chunk_tokens, {}};
+  config.validate();
+  if (on_gpu) {
+    TensorArg<InArray> mask("MoeLayer", "on_gpu", *on_gpu);
+    mask.dtype({Dtype::boolean, Dtype::uint8}).shape({n_experts}).contiguous();
+    config.on_gpu.assign(mask.data<std::uint8_t>(), mask.data<std::uint8_t>() + n_experts);
+  }
+  return std::make_shared<MoeLayer>(std::move(pool), std::move(config));
+}
+
+void load_expert(MoeLayer& layer, int expert, const InArray& gate, const InArray& up, const InArray& down) {
+  const int hidden = layer.config().hidden, inter = layer.config().inter;
+  TensorArg<InArray> g("load_expert", "gate", gate), u("load_expert", "up", up), d("load_expert", "down", down);
+  g.dtype({Dtype::bf16}).shape({inter, hidden}).contiguous();
+  u.dtype({Dtype::bf16}).shape({inter, hidden}).contiguous();
+  d.dtype({Dtype::bf16}).shape({hidden, inter}).contiguous();
+  nb::gil_scoped_release nogil;
+  layer.load_expert(expert, g.data<bf16>(), u.data<bf16>(), d.data<bf16>());
+}
+
+void dequantize_expert(const MoeLayer& layer, int expert, const OutArray& gate, const OutArray& up, const OutArray& down) {
+  const int hidden = layer.config().hidden, inter = layer.config().inter;
+  TensorArg<OutArray> g("dequantize_expert", "gate", gate), u("dequantize_expert", "up", up), d("dequantize_expert", "down", down);
+  g.dtype({Dtype::fp32}).shape({inter, hidden}).contiguous();
+  u.dtype({Dtype::fp32}).shape({inter, hidden}).contiguous();
+  d.dtype({Dtype::fp32}).shape({hidden, inter}).contiguous();
+  layer.dequantize(expert, g.data<float>(), u.data<float>(), d.data<float>());
+}
+
+void forward(const MoeLayer& layer, const InArray& hidden, const InArray& ids, const InArray& weights, const OutArray& out, const LoraAdapter* lora) {
+  const ForwardArgs args = forward_args("forward", layer, hidden, ids, weights);
+  bf16* dst = forward_out("forward", layer, args, out);
+  nb::gil_scoped_release nogil;
+  layer.forward(args.hidden, args.routing, dst, lora);
+}
+
+ForwardCache forward_train(const MoeLayer& layer, const InArray& hidden, const InArray& ids, const InArray& weights, const OutArray& out,
+                           const LoraAdapter* lora) {
+  const ForwardArgs args = forward_args("forward_train", layer, hidden, ids, weights);
+  bf16* dst = forward_out("forward_train", layer, args, out);
+  nb::gil_scoped_release nogil;
+  return layer.forward_train(args.hidden, args.routing, dst, lora);
+}
+
+void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& grad_out, const LoraAdapter* lora,
+              const std::optional<OutArray>& grad_in, const std::optional<OutArray>& grad_weights,
+              const std::optional<std::vector<OutArray>>& lora_grads) {
+  const MoeConfig& c = layer.config();
+  TensorArg<InArray> dy("backward", "grad_out", grad_out);
+  dy.dtype({Dtype::bf16}).shape({cache.n_tokens, c.hidden}).rows_contiguous();
+  Gradients grads{};
+  if (grad_in) {
+    TensorArg<OutArray> dx("backward", "grad_in", *grad_in);
+    dx.dtype({Dtype::bf16, Dtype::fp32}).shape({cache.n_tokens, c.hidden}).contiguous();
+    (dx.is(Dtype::bf16) ? static_cast<void>(grads.input16 = dx.data<bf16>()) : static_cast<void>(grads.input32 = dx.data<float>()));
+  }
+  if (grad_weights) {
+    TensorArg<OutArray> dw("backward", "grad_weights", *grad_weights);
+    grads.weights = dw.dtype({Dtype::fp32}).shape({cache.n_tokens, c.top_k}).contiguous().data<float>();
+  }
+  if (lora_grads) {
+    require(lora != nullptr, ErrorKind::runtime, "LoRA weights not initialized: [backward] lora_grads need an adapter");
+    require(lora_grads->size() == 6, ErrorKind::value, "[backward] lora_grads: got ", lora_grads->size(), " arrays, expected 6");
+    for (std::size_t i = 0; i < 6; ++i) {
+      const auto [rows, columns] = lora->shape(static_cast<LoraTensor>(i));
+      TensorArg<OutArray> g("backward", "lora_grads", (*lora_grads)[i]);
+      grads.lora[i] = g.dtype({Dtype::fp32}).shape({c.n_experts, rows, columns}).contiguous().data<float>();
+    }
+  }
+  nb::gil_scoped_release nogil;
+  layer.backward(cache, {dy.data<bf16>(), dy.stride(0)}, lora, grads);
+}
+
+void update_lora(LoraAdapter& lora, ThreadPool& pool, const InArray& gate_a, const InArray& gate_b, const InArray& up_a, const InArray& up_b,
+                 const InArray& down_a, const InArray& down_b) {
+  const InArray* arrays[6] = {&gate_a, &gate_b, &up_a, &up_b, &down_a, &down_b};
+  static constexpr const char* names[6] = {"gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b"};
+  std::array<StridedTensor, 6> tensors;
+  for (std::size_t i = 0; i < 6; ++i) {
+    const auto [rows, columns] = lora.shape(static_cast<LoraTensor>(i));
+    TensorArg<InArray> t("LoraAdapter.update", names[i], *arrays[i]);
+    t.dtype({Dtype::bf16, Dtype::fp32}).shape({lora.n_experts, rows, columns});
+    tensors[i] = {t.data<void>(), t.is(Dtype::fp32), {t.stride(0), t.stride(1), t.stride(2)}};
+  }
+  nb::gil_scoped_release nogil;
+  lora.update(pool, tensors);
+}
+
+}  // namespace
+
+void init_layer(nb::module_& m) {
+  nb::class_<LoraAdapter>(m, "LoraAdapter")
+      .def(nb::init<int, int, int, int, float>(), nb::arg("n_experts"), nb::arg("hidden"), nb::arg("inter"), nb::arg("rank"),
+           nb::arg("scaling"))
+      .def("update", &update_lora, nb::arg("pool"), nb::arg("gate_a"), nb::arg("gate_b"), nb::arg("up_a"), nb::arg("up_b"),
+           nb::arg("down_a"), nb::arg("down_b"))
+      .def_ro("rank", &LoraAdapter::rank)
+      .def_ro("scaling", &LoraAdapter::scaling)
+      .def_prop_ro("version", &LoraAdapter::version);
+  nb::class_<ForwardCache>(m, "ForwardCache", nb::is_weak_referenceable())
+      .def_prop_ro("nbytes", &ForwardCache::bytes)
+      .def_ro("n_tokens", &ForwardCache::n_tokens);
+  nb::class_<MoeLayer>(m, "MoeLayer")
+      .def(nb::new_(&make_layer), nb::arg("pool"), nb::arg("n_experts"), nb::arg("top_k"), nb::arg("hidden"), nb::arg("inter"),
+           nb::arg("format"), nb::arg("isa") = "", nb::arg("chunk_tokens") = 0, nb::arg("on_gpu").none() = nb::none())
+      .def("load_expert", &load_expert, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"))
+      .def_prop_ro("loaded", &MoeLayer::loaded)
+      .def("unload", &MoeLayer::unload)
+      .def_prop_ro("packed_bytes", &MoeLayer::packed_bytes)
+      .def_prop_ro("isa", [](const MoeLayer& l) { return std::string(isa_name(l.config().isa)); })
+      .def_prop_ro("format", [](const MoeLayer& l) { return std::string(format_info(l.config().format).name); })
+      .def("dequantize_expert", &dequantize_expert, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"))
+      .def("forward", &forward, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("lora").none() = nb::none())
+      .def("forward_train", &forward_train, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),
+           nb::arg("lora").none() = nb::none())
+      .def("backward", &backward, nb::arg("cache"), nb::arg("grad_out"), nb::arg("lora").none(), nb::arg("grad_in").none(),
+           nb::arg("grad_weights").none(), nb::arg("lora_grads").none());
+}
+
+}  // namespace ktmoe

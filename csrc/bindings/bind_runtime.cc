@@ -1,0 +1,88 @@
+// Thread pool and task queue.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/bind_layer.h"
+#include "runtime/task_queue.h"
+#include "runtime/thread_pool.h"
+
+namespace nb = nanobind;
+
+namespace ktmoe {
+namespace {
+
+std::shared_ptr<ThreadPool> make_pool(const std::vector<int>& threads, const std::vector<int>& nodes) {
+  require(!threads.empty() && threads.size() == nodes.size(), ErrorKind::value, "[ThreadPool] sub-pools: got ", threads.size(),
+          " thread counts and ", nodes.size(), " nodes, expected equally many and at least one");
+  std::vector<SubPool> subpools;
+  for (std::size_t i = 0; i < threads.size(); ++i) subpools.push_back({threads[i], nodes[i]});
+  return std::make_shared<ThreadPool>(std::move(subpools));
+}
+
+// Copies of a forward's inputs, so that the caller may overwrite its own at once.
+struct QueuedForward {
+  std::vector<bf16> hidden;
+  std::vector<std::int32_t> ids32;
+  std::vector<std::int64_t> ids64;
+  std::vector<float> weights32;
+  std::vector<bf16> weights16;
+  int n_tokens;
+
+  QueuedForward(const ForwardArgs& args, const MoeConfig& config) : n_tokens(args.routing.n_tokens) {
+    for (int t = 0; t < n_tokens; ++t) {
+      const bf16* row = args.hidden.data + t * args.hidden.ld;
+      hidden.insert(hidden.end(), row, row + config.hidden);
+    }
+    const std::size_t slots = static_cast<std::size_t>(n_tokens) * static_cast<std::size_t>(config.top_k);
+    const Routing& r = args.routing;
+    if (r.ids32) ids32.assign(r.ids32, r.ids32 + slots);
+    if (r.ids64) ids64.assign(r.ids64, r.ids64 + slots);
+    if (r.weights32) weights32.assign(r.weights32, r.weights32 + slots);
+    if (r.weights16) weights16.assign(r.weights16, r.weights16 + slots);
+  }
+  Routing routing() const {
+    auto or_null = [](const auto& v) { return v.empty() ? nullptr : v.data(); };
+    return {n_tokens, or_null(ids32), or_null(ids64), or_null(weights32), or_null(weights16)};
+  }
+};
+
+// Keeps a Python-owned array alive from a thread without the GIL.
+std::shared_ptr<OutArray> keep_alive(OutArray array) {
+  return {new OutArray(std::move(array)), [](OutArray* a) {
+            nb::gil_scoped_acquire gil;
+            delete a;
+          }};
+}
+
+TaskQueue::Ticket submit_forward(TaskQueue& queue, std::shared_ptr<MoeLayer> layer, const InArray& hidden, const InArray& ids,
+                                 const InArray& weights, const OutArray& out, std::shared_ptr<LoraAdapter> lora) {
+  const ForwardArgs args = forward_args("submit_forward", *layer, hidden, ids, weights);
+  bf16* dst = forward_out("submit_forward", *layer, args, out);
+  auto job = std::make_shared<QueuedForward>(args, layer->config());
+  return queue.submit([job, dst, layer = std::move(layer), lora = std::move(lora), keep = keep_alive(out)] {
+    layer->forward({job->hidden.data(), layer->config().hidden}, job->routing(), dst, lora.get());
+  });
+}
+
+}  // namespace
+
+void init_runtime(nb::module_& m) {
+  nb::class_<ThreadPool>(m, "ThreadPool")
+      .def(nb::new_(&make_pool), nb::arg("subpool_threads"), nb::arg("subpool_nodes"))
+      .def_prop_ro("threads", &ThreadPool::threads)
+      .def_prop_ro("started", &ThreadPool::started);
+  nb::class_<TaskQueue::Ticket>(m, "Ticket")
+      .def("wait", &TaskQueue::Ticket::wait, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("done", &TaskQueue::Ticket::done);
+  nb::class_<TaskQueue>(m, "TaskQueue")
+      .def(nb::init<>())
+      .def("submit_forward", &submit_forward, nb::arg("layer"), nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),
+           nb::arg("lora").none() = nb::none())
+      .def("drain", &TaskQueue::drain, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "close", [](TaskQueue& q, double timeout) { q.close(std::chrono::duration<double>(timeout)); }, nb::arg("timeout_s"),
+          nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace ktmoe

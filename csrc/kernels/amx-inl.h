@@ -1,0 +1,294 @@
+// Tile GEMMs (AMX) on the same packed bytes, written once over the tile operations of `T`: the hardware's, or software for tests.
+//
+//   tiles 0-3 accumulate (2 x 2), tiles 4, 5 are A, tiles 6, 7 are B; every tile is 16 rows x 64 bytes, tails are zero padded.
+//   forward   A = rows of X (16 x k-step),             B = a VK tile of W as it lies in memory,     C = 16 rows x 16 columns
+//   backward  A = W^T (16 k x 32 n), from two VK tiles by a lane-local blend (expand_lanes), B = dY^T, C = 16 k x 16 rows, transposed
+//   outer     A = P^T (16 columns x 32 rows),          B = pairs of rows of Q,                      C = 16 x 16 of the result
+// The operand that streams from L2 or beyond is loaded with the T1 hint, so that the reused one stays in L1.
+// One or two rows go to the vector kernels: a tile would be mostly padding, and the call is bound by memory anyway.
+// Include inside the namespace of a level, after gemm-inl.h.
+
+template <class V, class T, class Vector>
+struct TileGemm {
+  using F = typename V::F;
+  static constexpr int kFewRows = 2;
+  static constexpr int kMaxTiles = 16;    // of 16 rows: block_rows / 16
+  static constexpr int kStepBlock = 16;   // k-steps: 32 rows x 1 KB of A stay in L1 while the panels pass by
+  static constexpr int kPairBytes = 2 * kTileBytes;
+
+  struct Session {  // the tile registers exist only within a kernel
+    Session() { T::configure(); }
+    ~Session() { T::release(); }
+  };
+
+  // Operands of `steps` tile columns: blocks of 32 rows, each [step][row tile 0, row tile 1]; a last block of <= 16 rows has one.
+  static std::size_t tiled_bytes(int m, int steps) { return static_cast<std::size_t>(ceil_div(m, 16)) * static_cast<std::size_t>(steps) * kTileBytes; }
+  static int block_tiles(int m, int block) { return ceil_div(m, 16) - 2 * block < 2 ? 1 : 2; }
+  static std::ptrdiff_t tile_at(int m, int steps, int row_tile, int step) {
+    const int block = row_tile / 2, tiles = block_tiles(m, block);
+    return ((static_cast<std::ptrdiff_t>(block) * steps * 2) + step * tiles + row_tile % 2) * kTileBytes;
+  }
+
+  // --- forward ---
+
+  static std::size_t operand_bytes(WeightFormat format, int m, int k) {
+    if (m <= kFewRows) return Vector::operand_bytes(format, m, k);
+    return tiled_bytes(m, ceil_div(k, format_info(format).k_step)) + (format == WeightFormat::int8 ? static_cast<std::size_t>(m) * 4 : 0);
+  }
+
+  static void pack_operand(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, std::byte* dst) {
+    if (m <= kFewRows) return Vector::pack_operand(format, rows, row_scale, m, k, dst);
+    const int k_step = format_info(format).k_step, steps = ceil_div(k, k_step), element = 64 / k_step;
+    for (int r = 0; r < round_up(m, 16); ++r) {
+      const std::byte* row = nullptr;
+      if (r < m) row = static_cast<const std::byte*>(rows.base) + rows.ld * element * (rows.index ? rows.index[r] : r);
+      for (int s = 0; s < steps; ++s) {
+        std::byte* out = dst + tile_at(m, steps, r / 16, s) + 64 * (r % 16);
+        const int valid = !row ? 0 : k - s * k_step < k_step ? (k - s * k_step) * element : 64;
+        std::memcpy(out, row + (row ? 64 * static_cast<std::ptrdiff_t>(s) : 0), static_cast<std::size_t>(valid));
+        std::memset(out + valid, 0, static_cast<std::size_t>(64 - valid));
+      }
+    }
+    if (format != WeightFormat::int8) return;
+    auto* scale = reinterpret_cast<float*>(dst + tiled_bytes(m, steps));
+    for (int r = 0; r < m; ++r) scale[r] = row_scale[rows.index ? rows.index[r] : r];
+  }
+
+  static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+    if (m <= kFewRows) return Vector::forward(operand, m, w, p0, p1, c, accumulate);
+    if (w.layout().format == WeightFormat::bf16) {
+      forward_tiles<false>(operand, m, w, p0, p1, c, accumulate);
+    } else {
+      forward_tiles<true>(operand, m, w, p0, p1, c, false);
+      scale_int8(operand, m, w, p0, p1, c);
+    }
+  }
+
+  template <bool kInt8>
+  static void forward_tiles(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+    const Session session;
+    const int steps = w.layout().k_steps;
+    for (int s0 = 0; s0 < steps; s0 += kStepBlock) {
+      const int n = steps - s0 < kStepBlock ? steps - s0 : kStepBlock;
+      for (int block = 0; block < ceil_div(m, 32); ++block)
+        for (int p = p0; p < p1; ++p) {
+          const std::byte* a = operand + tile_at(m, steps, 2 * block, s0);
+          const std::byte* b = w.panel(p) + static_cast<std::ptrdiff_t>(s0) * kPairBytes;
+          float* at = c + static_cast<std::size_t>(p - p0) * c_block_floats(m) + block * 32 * kPanelColumns;
+          if (block_tiles(m, block) == 2)
+            accumulate_tiles<kInt8, 2>(a, kPairBytes, kTileBytes, b, kPairBytes, kTileBytes, n, at, 16 * kPanelColumns, 16,
+                                       kPanelColumns, accumulate || s0 > 0);
+          else
+            accumulate_tiles<kInt8, 1>(a, kTileBytes, 0, b, kPairBytes, kTileBytes, n, at, 0, 16, kPanelColumns, accumulate || s0 > 0);
+        }
+    }
+  }
+
+  // C (+)= sum over n steps of A B, for kA A tiles and two B tiles; the A side is reused (L1), the B side streams.
+  template <bool kInt8, int kA>
+  static inline __attribute__((always_inline)) void accumulate_tiles(const std::byte* a, std::ptrdiff_t a_step, std::ptrdiff_t a_tile,
+                                                                     const std::byte* b, std::ptrdiff_t b_step, std::ptrdiff_t b_tile,
+                                                                     int n, float* c, std::ptrdiff_t c_a, std::ptrdiff_t c_b,
+                                                                     std::ptrdiff_t ld, bool accumulate) {
+    if (accumulate) {
+      T::template load<0>(c, 4 * ld);
+      T::template load<1>(c + c_b, 4 * ld);
+      if constexpr (kA == 2) T::template load<2>(c + c_a, 4 * ld);
+      if constexpr (kA == 2) T::template load<3>(c + c_a + c_b, 4 * ld);
+    } else {
+      T::template zero<0>();
+      T::template zero<1>();
+      if constexpr (kA == 2) T::template zero<2>();
+      if constexpr (kA == 2) T::template zero<3>();
+    }
+    for (int s = 0; s < n; ++s, a += a_step, b += b_step) {
+      T::template load_streamed<6>(b, 64);
+      T::template load<4>(a, 64);
+      T::template multiply<kInt8, 0, 4, 6>();
+      if constexpr (kA == 2) T::template load<5>(a + a_tile, 64);
+      if constexpr (kA == 2) T::template multiply<kInt8, 2, 5, 6>();
+      T::template load_streamed<7>(b + b_tile, 64);
+      if constexpr (kA == 2) T::template multiply<kInt8, 3, 5, 7>();
+      T::template multiply<kInt8, 1, 4, 7>();
+    }
+    T::template store<0>(c, 4 * ld);
+    T::template store<1>(c + c_b, 4 * ld);
+    if constexpr (kA == 2) T::template store<2>(c + c_a, 4 * ld);
+    if constexpr (kA == 2) T::template store<3>(c + c_a + c_b, 4 * ld);
+  }
+
+  static void scale_int8(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
+    const auto* scale = reinterpret_cast<const float*>(operand + tiled_bytes(m, w.layout().k_steps));
+    for (int p = p0; p < p1; ++p, c += c_block_floats(m))
+      for (int r = 0; r < m; ++r)
+        for (int t = 0; t < 2; ++t) {
+          float* at = c + r * kPanelColumns + 16 * t;
+          const F sum = V::to_f(V::load_i(at));
+          V::store(at, V::mul(V::mul(sum, V::set(scale[r])), V::load(w.scales() + p * kPanelColumns + 16 * t)));
+        }
+  }
+
+  // --- backward ---
+
+  static std::size_t grad_operand_bytes(int m, int n_panels) {
+    return m <= kFewRows ? Vector::grad_operand_bytes(m, n_panels) : tiled_bytes(m, n_panels);
+  }
+
+  // B tile of (16 rows, panel): row j holds for each of the rows the pair (dY[32p + j], dY[32p + 16 + j]).
+  static void pack_grad_operand(RowSource dy, const float* column_scale, int m, int columns, int n_panels, std::byte* dst) {
+    if (m <= kFewRows) return Vector::pack_grad_operand(dy, column_scale, m, columns, n_panels, dst);
+    for (int r0 = 0; r0 < m; r0 += 16)
+      for (int p = 0; p < n_panels; ++p) {
+        alignas(64) std::byte pairs[kTileBytes] = {};
+        for (int r = r0; r < m && r < r0 + 16; ++r) {
+          bf16 half[2][16];
+          for (int h = 0; h < 2; ++h) {
+            const int j = kPanelColumns * p + 16 * h;
+            F v = Vector::load_row(dy.row<bf16>(r), j, columns);
+            if (column_scale) v = V::mul(v, V::load(column_scale + j));
+            V::store_bf16(half[h], v);
+          }
+          V::store_i(pairs + 64 * (r - r0),
+                     V::zip16(reinterpret_cast<const std::uint16_t*>(half[0]), reinterpret_cast<const std::uint16_t*>(half[1])));
+        }
+        V::transpose16(pairs, 64, dst + tile_at(m, n_panels, r0 / 16, p));
+      }
+  }
+
+  static void backward(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
+    if (m <= kFewRows) return Vector::backward(operand, m, w, s0, s1, c, accumulate);
+    const Session session;
+    const int words = format_info(w.layout().format).per_word;
+    for (int s = s0; s < s1; ++s, c += c_block_floats(m) * static_cast<std::size_t>(words / 2)) {
+      if (words == 2)
+        backward_step<2>(operand, m, w, s, c, accumulate);
+      else
+        backward_step<4>(operand, m, w, s, c, accumulate);
+    }
+  }
+
+  template <int kWords>
+  static void backward_step(const std::byte* operand, int m, const PackedMatrix& w, int s, float* c, bool accumulate) {
+    constexpr int kPanels = 16 / kWords;  // a round expands 16 KB of A tiles: they stay in L1 for all rows
+    alignas(64) std::byte expanded[kPanels * kWords * kTileBytes];
+    alignas(64) float sums[kWords * kMaxTiles * 256];  // C^T: [k tile][row tile][16 k][16 rows]
+    const int n_panels = w.layout().n_panels;
+    for (int p = 0; p < n_panels; p += kPanels) {
+      const int n = n_panels - p < kPanels ? n_panels - p : kPanels;
+      for (int i = 0; i < n; ++i) {
+        const std::byte* tile = w.panel(p + i) + static_cast<std::ptrdiff_t>(s) * kPairBytes;
+        expand_lanes<kWords>(tile, tile + kTileBytes, expanded + i * kWords * kTileBytes);
+      }
+      for (int block = 0; block < ceil_div(m, 32); ++block)
+        for (int k = 0; k < kWords; k += 2)
+          backward_tiles<kWords>(expanded + k * kTileBytes, operand + tile_at(m, n_panels, 2 * block, p), block_tiles(m, block), n,
+                                 sums + (k * kMaxTiles + 2 * block) * 256, p > 0);
+    }
+    for (int k = 0; k < kWords; ++k)
+      for (int t = 0; t < ceil_div(m, 16); ++t) {
+        alignas(64) float rows[256];
+        V::transpose16(sums + (k * kMaxTiles + t) * 256, 64, rows);
+        for (int r = 0; r < 16; ++r) {
+          float* at = c + (k / 2) * c_block_floats(m) + (16 * t + r) * kPanelColumns + 16 * (k % 2);
+          V::store(at, accumulate ? V::add(V::load(at), V::load(rows + 16 * r)) : V::load(rows + 16 * r));
+        }
+      }
+  }
+
+  // Two k tiles (A) x one or two row tiles (B, streamed).
+  template <int kWords>
+  static void backward_tiles(const std::byte* a, const std::byte* b, int row_tiles, int n, float* sums, bool accumulate) {
+    constexpr std::ptrdiff_t kTile = 256, kNextK = kMaxTiles * kTile;
+    if (row_tiles == 2) {
+      accumulate_tiles<false, 2>(a, kWords * kTileBytes, kTileBytes, b, kPairBytes, kTileBytes, n, sums, kNextK, kTile, 16, accumulate);
+      return;
+    }
+    for (int k = 0; k < 2; ++k) {
+      float* at = sums + k * kNextK;
+      if (accumulate)
+        T::template load<0>(at, 64);
+      else
+        T::template zero<0>();
+      for (int i = 0; i < n; ++i) {
+        T::template load<4>(a + (i * kWords + k) * kTileBytes, 64);
+        T::template load_streamed<6>(b + i * kTileBytes, 64);
+        T::template multiply<false, 0, 4, 6>();
+      }
+      T::template store<0>(at, 64);
+    }
+  }
+
+  // Tiles a, b of a panel -> kWords tiles of W^T: row k (natural order) holds the pairs (W[n][k] of tile a, W[n][k] of tile b).
+  template <int kWords>
+  static void expand_lanes(const std::byte* tile_a, const std::byte* tile_b, std::byte* dst) {
+    for (int j = 0; j < 16; ++j, dst += 64 * kWords) {
+      const auto a = V::load_i(tile_a + 64 * j), b = V::load_i(tile_b + 64 * j);
+      if constexpr (kWords == 2) {
+        V::store_i(dst, V::or_i(V::and_i(a, 0xffff), V::template shl<16>(b)));
+        V::store_i(dst + 64, V::or_i(V::template shr<16>(a), high(b)));
+      } else {
+        V::store_i(dst, byte_pair<24>(a, b));
+        V::store_i(dst + 64, byte_pair<16>(a, b));
+        V::store_i(dst + 128, byte_pair<8>(a, b));
+        V::store_i(dst + 192, byte_pair<0>(a, b));
+      }
+    }
+  }
+  static typename V::I high(typename V::I x) { return V::and_i(x, static_cast<std::int32_t>(0xffff0000u)); }
+  template <int kShift>
+  static typename V::I byte_pair(typename V::I a, typename V::I b) {  // int8 -> bf16 is exact
+    return V::or_i(V::template shr<16>(widen<kShift>(a)), high(widen<kShift>(b)));
+  }
+  template <int kShift>
+  static typename V::I widen(typename V::I x) {
+    return V::as_i(V::to_f(V::template sar<24>(V::template shl<kShift>(x))));
+  }
+
+  // --- outer products ---
+
+  static std::size_t outer_operand_bytes(int m, int p_columns) {
+    return static_cast<std::size_t>(ceil_div(p_columns, 16)) * static_cast<std::size_t>(ceil_div(m, 32)) * kTileBytes;
+  }
+
+  // A tiles [16 columns of P][step of 32 rows]: row i holds P[32s .. 32s + 31][i].
+  static void pack_outer_operand(const bf16* p, std::ptrdiff_t ld, int m, int p_columns, std::byte* dst) {
+    for (int i0 = 0; i0 < p_columns; i0 += 16)
+      for (int t0 = 0; t0 < m; t0 += 32, dst += kTileBytes) {
+        std::memset(dst, 0, kTileBytes);
+        auto* tile = reinterpret_cast<bf16*>(dst);
+        for (int t = t0; t < m && t < t0 + 32; ++t)
+          for (int i = i0; i < p_columns && i < i0 + 16; ++i) tile[32 * (i - i0) + t - t0] = p[t * ld + i];
+      }
+  }
+
+  static void outer(const std::byte* operand, int m, int p_columns, RowSource q, int q_tile_stride, int n_tiles, float* out,
+                    std::ptrdiff_t ld_out, bool accumulate) {
+    const Session session;
+    alignas(64) std::byte pairs[kMaxTiles / 2 * kTileBytes];
+    const int steps = ceil_div(m, 32);
+    static constexpr std::uint16_t kZero[16] = {};
+    for (int j = 0; j < n_tiles; ++j) {
+      for (int t = 0; t < 32 * steps; t += 2) {
+        const auto* even = t < m ? q.row<std::uint16_t>(t) + static_cast<std::ptrdiff_t>(j) * q_tile_stride : kZero;
+        const auto* odd = t + 1 < m ? q.row<std::uint16_t>(t + 1) + static_cast<std::ptrdiff_t>(j) * q_tile_stride : kZero;
+        V::store_i(pairs + 32 * t, V::zip16(even, odd));
+      }
+      for (int i0 = 0; i0 < p_columns; i0 += 16) {
+        alignas(64) float sum[256];
+        const std::byte* a = operand + static_cast<std::ptrdiff_t>(i0 / 16) * steps * kTileBytes;
+        T::template zero<0>();
+        for (int s = 0; s < steps; ++s) {
+          T::template load<6>(pairs + s * kTileBytes, 64);
+          T::template load<4>(a + s * kTileBytes, 64);
+          T::template multiply<false, 0, 4, 6>();
+        }
+        T::template store<0>(sum, 64);
+        for (int i = i0; i < p_columns && i < i0 + 16; ++i) {
+          float* at = out + i * ld_out + 16 * j;
+          const F value = V::load(sum + 16 * (i - i0));
+          V::store(at, accumulate ? V::add(V::load(at), value) : value);
+        }
+      }
+    }
+  }
+};

@@ -1,0 +1,69 @@
+// Dot policies: how 64 bytes of packed weights (16 columns) times one row's activations become 16 accumulators.
+//   words        32-bit activation words that belong to one 64-byte row
+//   weights<w>   the part of the row that word w multiplies
+//   mac          acc + weights * word (the word is broadcast from memory)
+//   pack         the activation words of 64 / 32 consecutive k of one row
+// Include inside the namespace of a level, after Vec.
+
+template <class V>
+struct Bf16Dot {
+  using Acc = typename V::F;
+  using Weights = typename V::F;
+  static constexpr int words = 2;
+  static Acc zero() { return V::set(0.0f); }
+  static Acc load(const float* c) { return V::load(c); }
+  static void store(float* c, Acc a) { V::store(c, a); }
+  template <int w>
+  static Weights weights(const std::byte* row) {
+    const auto bits = V::load_i(row);
+    return V::as_f(w == 0 ? V::template shl<16>(bits) : V::and_i(bits, static_cast<std::int32_t>(0xffff0000u)));
+  }
+  static Acc mac(Acc acc, Weights w, const std::uint32_t* x) { return V::fma(w, V::set(*reinterpret_cast<const float*>(x)), acc); }
+};
+
+// Rows of 16 fp32: expanded weights and gradients.
+template <class V>
+struct F32Dot : Bf16Dot<V> {
+  static constexpr int words = 1;
+  template <int w>
+  static typename V::F weights(const std::byte* row) {
+    return V::load(reinterpret_cast<const float*>(row));
+  }
+};
+
+// int8 x int8 through int16 pairs: exact, and without the saturation of the byte-wise instruction.
+template <class V>
+struct Int8PairDot {
+  using Acc = typename V::I;
+  using Weights = typename V::I;
+  static constexpr int words = 2;
+  static constexpr bool unsigned_weights = false;
+  static Acc zero() { return V::set_i(0); }
+  static Acc load(const float* c) { return V::load_i(c); }
+  static void store(float* c, Acc a) { V::store_i(c, a); }
+  template <int w>
+  static Weights weights(const std::byte* row) {
+    return w == 0 ? V::even_s8(V::load_i(row)) : V::odd_s8(V::load_i(row));
+  }
+  static Acc mac(Acc acc, Weights w, const std::uint32_t* x) { return V::madd(acc, w, V::set_i(static_cast<std::int32_t>(*x))); }
+  // Four int8 -> words (x0, x2), (x1, x3).
+  static void pack(const std::int8_t* x, std::uint32_t* word0, std::uint32_t* word1) {
+    *word0 = static_cast<std::uint16_t>(x[0]) | static_cast<std::uint32_t>(static_cast<std::uint16_t>(x[2])) << 16;
+    *word1 = static_cast<std::uint16_t>(x[1]) | static_cast<std::uint32_t>(static_cast<std::uint16_t>(x[3])) << 16;
+  }
+};
+
+// int8 x int8 with VNNI, whose first operand is unsigned: weights + 128, corrected by 128 * (sum of the activations) at the end.
+template <class V>
+struct Int8VnniDot : Int8PairDot<V> {
+  static constexpr int words = 1;
+  static constexpr bool unsigned_weights = true;
+  template <int w>
+  static typename V::I weights(const std::byte* row) {
+    return V::xor_i(V::load_i(row), static_cast<std::int32_t>(0x80808080u));
+  }
+  static typename V::I mac(typename V::I acc, typename V::I w, const std::uint32_t* x) {
+    return V::dpbusd(acc, w, V::set_i(static_cast<std::int32_t>(*x)));
+  }
+  static void pack(const std::int8_t* x, std::uint32_t* word0, std::uint32_t*) { std::memcpy(word0, x, 4); }
+};

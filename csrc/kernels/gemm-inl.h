@@ -1,0 +1,222 @@
+// Vector GEMMs on VK tiles, all through mac(): forward, backward from the same bytes, and the outer products of LoRA gradients.
+//
+// Operand (pack_operand, pack_grad_operand, pack_outer_operand): groups of V::kRows rows, each [word][row of the group], the last
+// group narrower; for int8 followed by the row scales and 128 * (row sums).
+// Include inside the namespace of a level, after mac-inl.h.
+
+template <class V, class Int8Dot>
+struct VectorGemm {
+  using F = typename V::F;
+  static constexpr int kMaxBlockRows = 256;
+  static constexpr int kStepBlock = 16;  // k-steps whose tile (16 KB) stays in L1 while the rows pass by
+
+  static std::size_t words_per_row(WeightFormat format, int k) {
+    const int rows64 = ceil_div(k, format_info(format).k_step) * 16;
+    return static_cast<std::size_t>(rows64) * (format == WeightFormat::int8 ? Int8Dot::words : Bf16Dot<V>::words);
+  }
+
+  // --- operands ---
+
+  static std::size_t operand_bytes(WeightFormat format, int m, int k) {
+    const std::size_t rows = static_cast<std::size_t>(m);
+    return rows * words_per_row(format, k) * 4 + (format == WeightFormat::int8 ? rows * 8 : 0);
+  }
+
+  // 16 floats of a bf16 row from column j; columns at or beyond `columns` are zero and are not read.
+  static F load_row(const bf16* row, int j, int columns) {
+    if (j + 16 <= columns) return V::load_bf16(row + j);
+    bf16 tail[16] = {};
+    if (j < columns) std::memcpy(tail, row + j, 2 * static_cast<std::size_t>(columns - j));
+    return V::load_bf16(tail);
+  }
+
+  // fp32 words [group][column][row of the group], `padded` columns (a multiple of 16), each times column_scale if given.
+  static void pack_floats(RowSource rows, const float* column_scale, int m, int columns, int padded, float* dst) {
+    for (int r0 = 0; r0 < m; r0 += V::kRows) {
+      const int n = m - r0 < V::kRows ? m - r0 : V::kRows;
+      for (int j = 0; j < padded; j += 16) {
+        float x[V::kRows][16];
+        for (int r = 0; r < n; ++r) {
+          F v = load_row(rows.row<bf16>(r0 + r), j, columns);
+          if (column_scale) v = V::mul(v, V::load(column_scale + j));
+          V::store(x[r], v);
+        }
+        for (int i = 0; i < 16; ++i)
+          for (int r = 0; r < n; ++r) *dst++ = x[r][i];
+      }
+    }
+  }
+
+  static void pack_operand(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, std::byte* dst) {
+    if (format == WeightFormat::bf16) {
+      pack_floats(rows, nullptr, m, k, round_up(k, Bf16Format::k_step), reinterpret_cast<float*>(dst));
+      return;
+    }
+    const int quads = ceil_div(k, Int8Format::k_step) * 16;
+    auto* words = reinterpret_cast<std::uint32_t*>(dst);
+    auto* scale = reinterpret_cast<float*>(words + static_cast<std::size_t>(m) * words_per_row(format, k));
+    auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
+    for (int r0 = 0; r0 < m; r0 += V::kRows) {
+      const int n = m - r0 < V::kRows ? m - r0 : V::kRows;
+      for (int r = 0; r < n; ++r) {
+        const std::int8_t* x = rows.row<std::int8_t>(r0 + r);
+        std::int32_t sum = 0;
+        std::uint32_t* w = words + r;
+        for (int q = 0; q < quads; ++q) {
+          Int8Dot::pack(x + 4 * q, w, w + n);
+          w += Int8Dot::words * n;
+          sum += x[4 * q] + x[4 * q + 1] + x[4 * q + 2] + x[4 * q + 3];
+        }
+        scale[r0 + r] = row_scale[rows.index ? rows.index[r0 + r] : r0 + r];
+        offset[r0 + r] = Int8Dot::unsigned_weights ? 128 * sum : 0;
+      }
+      words += static_cast<std::size_t>(n) * words_per_row(format, k);
+    }
+  }
+
+  static std::size_t grad_operand_bytes(int m, int n_panels) {
+    return static_cast<std::size_t>(m) * static_cast<std::size_t>(n_panels) * kPanelColumns * 4;
+  }
+  static void pack_grad_operand(RowSource dy, const float* column_scale, int m, int columns, int n_panels, std::byte* dst) {
+    pack_floats(dy, column_scale, m, columns, n_panels * kPanelColumns, reinterpret_cast<float*>(dst));
+  }
+  static std::size_t outer_operand_bytes(int m, int p_columns) {
+    return static_cast<std::size_t>(round_up(m, 16)) * static_cast<std::size_t>(p_columns) * 4;
+  }
+  // The transposed roles of pack_floats: groups of columns of P, [row of P][column of the group], rows padded to 16 with zeros.
+  static void pack_outer_operand(const bf16* p, std::ptrdiff_t ld, int m, int p_columns, std::byte* dst) {
+    auto* out = reinterpret_cast<float*>(dst);
+    for (int i0 = 0; i0 < p_columns; i0 += V::kRows) {
+      const int n = p_columns - i0 < V::kRows ? p_columns - i0 : V::kRows;
+      for (int t = 0; t < round_up(m, 16); ++t)
+        for (int i = 0; i < n; ++i) *out++ = t < m ? to_float(p[t * ld + i0 + i]) : 0.0f;
+    }
+  }
+
+  // --- forward ---
+
+  static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+    if (w.layout().format == WeightFormat::bf16) {
+      forward_steps<Bf16Dot<V>>(operand, m, w, p0, p1, c, accumulate);
+    } else {
+      forward_steps<Int8Dot>(operand, m, w, p0, p1, c, false);
+      scale_int8(operand, m, w, p0, p1, c);
+    }
+  }
+
+  template <class Dot>
+  static void forward_steps(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+    const PackedLayout& l = w.layout();
+    const std::size_t words = words_per_row(l.format, l.k);
+    const int block = m <= V::kRows ? l.k_steps : kStepBlock;
+    for (int s = 0; s < l.k_steps; s += block) {
+      const int steps = l.k_steps - s < block ? l.k_steps - s : block;
+      for (int p = p0; p < p1; ++p)
+        mac_rows<V, Dot>(w.panel(p) + static_cast<std::ptrdiff_t>(s) * 2 * kTileBytes, 2 * kTileBytes, kTileBytes, 2, s, steps,
+                         reinterpret_cast<const std::uint32_t*>(operand), words, m,
+                         c + static_cast<std::size_t>(p - p0) * c_block_floats(m), kPanelColumns, accumulate || s > 0);
+    }
+  }
+
+  // int32 sums -> fp32, in place: (sum * row scale) * column scale.
+  static void scale_int8(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
+    const PackedLayout& l = w.layout();
+    const auto* scale = reinterpret_cast<const float*>(operand + static_cast<std::size_t>(m) * words_per_row(l.format, l.k) * 4);
+    const auto* offset = reinterpret_cast<const std::int32_t*>(scale + m);
+    for (int p = p0; p < p1; ++p, c += c_block_floats(m))
+      for (int r = 0; r < m; ++r)
+        for (int t = 0; t < 2; ++t) {
+          float* at = c + r * kPanelColumns + 16 * t;
+          const F sum = V::to_f(V::sub_i(V::load_i(at), V::set_i(offset[r])));
+          V::store(at, V::mul(V::mul(sum, V::set(scale[r])), V::load(w.scales() + p * kPanelColumns + 16 * t)));
+        }
+  }
+
+  // --- backward ---
+  // A tile is transposed and widened in L1 to rows of constant n: [tile i of the k-words][n 16][16 floats], lane j = word j of the
+  // tile, so a row holds k = per_word * j + i. mac() then contracts over n; the k order is restored at the end.
+
+  static void backward(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
+    if (w.layout().format == WeightFormat::bf16)
+      backward_steps<2>(operand, m, w, s0, s1, c, accumulate);
+    else
+      backward_steps<4>(operand, m, w, s0, s1, c, accumulate);
+  }
+
+  template <int kWords>
+  static void backward_steps(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
+    constexpr int kPanels = 8 / kWords;  // a round expands 16 KB, half of a small L1
+    alignas(64) std::byte expanded[kPanels * 2 * kWords * kTileBytes];
+    alignas(64) float planes[kMaxBlockRows * 16 * kWords];
+    const int n_panels = w.layout().n_panels;
+    const std::size_t words = static_cast<std::size_t>(n_panels) * kPanelColumns;
+    for (int s = s0; s < s1; ++s) {
+      for (int p = 0; p < n_panels; p += kPanels) {
+        const int panels = n_panels - p < kPanels ? n_panels - p : kPanels;
+        for (int i = 0; i < 2 * panels; ++i)
+          expand_transposed<kWords>(w.panel(p + i / 2) + (2 * static_cast<std::ptrdiff_t>(s) + i % 2) * kTileBytes,
+                                    expanded + static_cast<std::size_t>(i) * kWords * kTileBytes);
+        mac_rows<V, F32Dot<V>>(expanded, kWords * kTileBytes, kTileBytes, kWords, 2 * p, 2 * panels,
+                               reinterpret_cast<const std::uint32_t*>(operand), words, m, planes, 16 * kWords, p > 0);
+      }
+      for (int r = 0; r < m; ++r) {
+        const float* plane = planes + r * 16 * kWords;
+        restore_order<kWords>(plane, c + r * kPanelColumns, static_cast<std::ptrdiff_t>(c_block_floats(m)), accumulate);
+      }
+      c += c_block_floats(m) * (kWords / 2);
+    }
+  }
+
+  template <int kWords>
+  static void expand_transposed(const std::byte* tile, std::byte* dst) {
+    alignas(64) std::byte rows[kTileBytes];
+    V::transpose16(tile, 64, rows);
+    for (int n = 0; n < 16; ++n) {
+      const auto word = V::load_i(rows + 64 * n);
+      auto* out = reinterpret_cast<float*>(dst + 64 * n);
+      constexpr int kPlane = kTileBytes / 4;
+      if constexpr (kWords == 2) {
+        V::store(out, V::as_f(V::template shl<16>(word)));
+        V::store(out + kPlane, V::as_f(V::and_i(word, static_cast<std::int32_t>(0xffff0000u))));
+      } else {
+        V::store(out, V::to_f(V::template sar<24>(V::template shl<24>(word))));
+        V::store(out + kPlane, V::to_f(V::template sar<24>(V::template shl<16>(word))));
+        V::store(out + 2 * kPlane, V::to_f(V::template sar<24>(V::template shl<8>(word))));
+        V::store(out + 3 * kPlane, V::to_f(V::template sar<24>(word)));
+      }
+    }
+  }
+
+  template <int kWords>
+  static void restore_order(const float* plane, float* c, std::ptrdiff_t next_block, bool accumulate) {
+    F x[4];
+    if constexpr (kWords == 2) {
+      V::interleave(V::load(plane), V::load(plane + 16), x[0], x[1]);
+    } else {
+      F even[2], odd[2];
+      V::interleave(V::load(plane), V::load(plane + 32), even[0], even[1]);
+      V::interleave(V::load(plane + 16), V::load(plane + 48), odd[0], odd[1]);
+      V::interleave(even[0], odd[0], x[0], x[1]);
+      V::interleave(even[1], odd[1], x[2], x[3]);
+    }
+    for (int i = 0; i < kWords; ++i) {
+      float* at = c + (i / 2) * next_block + 16 * (i % 2);
+      V::store(at, accumulate ? V::add(V::load(at), x[i]) : x[i]);
+    }
+  }
+
+  // --- outer products ---
+
+  static void outer(const std::byte* operand, int m, int p_columns, RowSource q, int q_tile_stride, int n_tiles, float* out,
+                    std::ptrdiff_t ld_out, bool accumulate) {
+    alignas(64) std::byte expanded[kMaxBlockRows * 64];
+    const int steps = ceil_div(m, 16);
+    for (int t = 0; t < n_tiles; ++t) {
+      for (int r = 0; r < steps * 16; ++r)
+        V::store(reinterpret_cast<float*>(expanded + 64 * r),
+                 r < m ? V::load_bf16(q.row<bf16>(r) + static_cast<std::ptrdiff_t>(t) * q_tile_stride) : V::set(0.0f));
+      mac_rows<V, F32Dot<V>>(expanded, kTileBytes, 0, 1, 0, steps, reinterpret_cast<const std::uint32_t*>(operand),
+                             static_cast<std::size_t>(steps) * 16, p_columns, out + 16 * t, ld_out, accumulate);
+    }
+  }
+};

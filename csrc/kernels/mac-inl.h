@@ -1,0 +1,77 @@
+// The one inner loop of every vector kernel: R rows x NT tiles of 16 columns accumulate over K.
+//
+//   weights      steps of 16 rows x 64 bytes; consecutive steps at step_stride, the NT tiles of a step at tile_stride
+//   activations  for every 64-byte row: Dot::words words of each of the R rows, [word][R]
+//   c            R rows of NT * 16 accumulators at stride ldc (floats), tile t at column 16 * t
+// Include inside the namespace of a level, after dot-inl.h.
+
+inline constexpr int kPrefetchBytes = 4096;  // ahead in each of the two interleaved streams
+
+template <class V, class Dot, int R, int NT, int word>
+static inline __attribute__((always_inline)) void mac_word(typename Dot::Acc (&acc)[R][NT], const std::byte* row,
+                                                           std::ptrdiff_t tile_stride, const std::uint32_t* x) {
+  typename Dot::Weights w[NT];
+#pragma GCC unroll 2
+  for (int t = 0; t < NT; ++t) w[t] = Dot::template weights<word>(row + t * tile_stride);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int t = 0; t < NT; ++t) acc[r][t] = Dot::mac(acc[r][t], w[t], x + r);
+}
+
+template <class V, class Dot, int R, int NT>
+void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int steps, const std::uint32_t* x, float* c,
+         std::ptrdiff_t ldc, bool accumulate) {
+  typename Dot::Acc acc[R][NT];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int t = 0; t < NT; ++t) acc[r][t] = accumulate ? Dot::load(c + r * ldc + 16 * t) : Dot::zero();
+  for (int s = 0; s < steps; ++s) {
+    for (int j = 0; j < 16; ++j) {
+      const std::byte* row = w + 64 * j;
+      if constexpr (R <= 2) {  // few rows: the weights come from DRAM, ask for them ahead of use
+#pragma GCC unroll 2
+        for (int t = 0; t < NT; ++t) __builtin_prefetch(row + t * tile_stride + kPrefetchBytes, 0, 3);
+      }
+      mac_word<V, Dot, R, NT, 0>(acc, row, tile_stride, x);
+      if constexpr (Dot::words == 2) mac_word<V, Dot, R, NT, 1>(acc, row, tile_stride, x + R);
+      x += Dot::words * R;
+    }
+    w += step_stride;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int t = 0; t < NT; ++t) Dot::store(c + r * ldc + 16 * t, acc[r][t]);
+}
+
+template <class V, class Dot, int NT>
+struct MacTable {
+  using Fn = void (*)(const std::byte*, std::ptrdiff_t, std::ptrdiff_t, int, const std::uint32_t*, float*, std::ptrdiff_t, bool);
+  template <int... R>
+  static Fn pick(int rows, std::integer_sequence<int, R...>) {
+    static constexpr Fn table[] = {&mac<V, Dot, R + 1, NT>...};
+    return table[rows - 1];
+  }
+  static Fn get(int rows) { return pick(rows, std::make_integer_sequence<int, V::kRows>{}); }
+};
+
+// All m rows of an operand whose groups of V::kRows rows lie group_words(k) apart; NT from the number of rows, never from the data.
+template <class V, class Dot>
+void mac_rows(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int n_tiles, int first_step, int steps,
+              const std::uint32_t* x, std::size_t words_per_row, int m, float* c, std::ptrdiff_t ldc, bool accumulate) {
+  const std::size_t skip = static_cast<std::size_t>(first_step) * 16 * Dot::words;
+  const bool wide = V::kTiles == 2 || m <= 2;  // two tiles side by side: two weight streams, twice the independent sums
+  for (int t = 0; t < n_tiles; t += wide ? 2 : 1)
+    for (int r0 = 0; r0 < m; r0 += V::kRows) {
+      const int rows = m - r0 < V::kRows ? m - r0 : V::kRows;
+      const std::uint32_t* group = x + static_cast<std::size_t>(r0) * words_per_row + skip * static_cast<std::size_t>(rows);
+      const std::byte* tile = w + t * tile_stride;
+      float* dst = c + r0 * ldc + 16 * t;
+      if (wide && t + 1 < n_tiles)
+        MacTable<V, Dot, 2>::get(rows)(tile, step_stride, tile_stride, steps, group, dst, ldc, accumulate);
+      else
+        MacTable<V, Dot, 1>::get(rows)(tile, step_stride, tile_stride, steps, group, dst, ldc, accumulate);
+    }
+}

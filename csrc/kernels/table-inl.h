@@ -1,0 +1,28 @@
+// The table of one level: GEMMs from Gemm, everything else from Elementwise<V>. Include inside the namespace of the level.
+
+template <class Gemm, class V>
+constexpr KernelTable make_table(Isa isa, int block_rows) {
+  using E = Elementwise<V>;
+  return {
+      .isa = isa,
+      .block_rows = block_rows,
+      .row_scales = &E::row_scales,
+      .pack_tile = &E::pack_tile,
+      .quantize_rows = &E::quantize_rows,
+      .operand_bytes = &Gemm::operand_bytes,
+      .pack_operand = &Gemm::pack_operand,
+      .forward = &Gemm::forward,
+      .grad_operand_bytes = &Gemm::grad_operand_bytes,
+      .pack_grad_operand = &Gemm::pack_grad_operand,
+      .backward = &Gemm::backward,
+      .outer_operand_bytes = &Gemm::outer_operand_bytes,
+      .pack_outer_operand = &Gemm::pack_outer_operand,
+      .outer = &Gemm::outer,
+      .swiglu = &E::swiglu,
+      .swiglu_backward = &E::swiglu_backward,
+      .c_to_bf16 = &E::c_to_bf16,
+      .c_to_rows = &E::c_to_rows,
+      .combine = &E::combine,
+      .round_row = &E::round_row,
+  };
+}

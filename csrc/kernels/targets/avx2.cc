@@ -1,0 +1,31 @@
+// Kernels for AVX2 + FMA. Standard headers come before the target region: code outside it must run on any x86-64.
+#include <immintrin.h>
+
+#include <initializer_list>
+#include <limits>
+#include <utility>
+
+#include "kernels/kernel_api.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+
+namespace ktmoe {
+namespace avx2 {
+#include "kernels/vec_avx2.h"
+// clang-format off: each part needs the ones before it
+#include "kernels/dot-inl.h"
+#include "kernels/mac-inl.h"
+#include "kernels/gemm-inl.h"
+#include "kernels/elementwise-inl.h"
+#include "kernels/table-inl.h"
+// clang-format on
+constexpr KernelTable table = make_table<VectorGemm<Vec, Int8PairDot<Vec>>, Vec>(Isa::avx2, 96);
+}  // namespace avx2
+}  // namespace ktmoe
+
+#pragma GCC pop_options
+
+namespace ktmoe {
+const KernelTable& avx2_kernels() { return avx2::table; }
+}  // namespace ktmoe

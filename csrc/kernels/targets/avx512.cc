@@ -1,0 +1,32 @@
+// Kernels for AVX-512 (F, BW, DQ, VL).
+#include <immintrin.h>
+
+#include <initializer_list>
+#include <limits>
+#include <utility>
+
+#include "kernels/kernel_api.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12: its own _mm512_undefined_*
+
+namespace ktmoe {
+namespace avx512 {
+#include "kernels/vec_avx512.h"
+// clang-format off: each part needs the ones before it
+#include "kernels/dot-inl.h"
+#include "kernels/mac-inl.h"
+#include "kernels/gemm-inl.h"
+#include "kernels/elementwise-inl.h"
+#include "kernels/table-inl.h"
+// clang-format on
+constexpr KernelTable table = make_table<VectorGemm<Vec, Int8PairDot<Vec>>, Vec>(Isa::avx512, 96);
+}  // namespace avx512
+}  // namespace ktmoe
+
+#pragma GCC pop_options
+
+namespace ktmoe {
+const KernelTable& avx512_kernels() { return avx512::table; }
+}  // namespace ktmoe

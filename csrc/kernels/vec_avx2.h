@@ -1,0 +1,150 @@
+// Vec for AVX2 + FMA: 16 lanes in two ymm registers. The operations are described in vec_portable.h.
+
+struct Vec {
+  struct F {
+    __m256 a, b;
+  };
+  struct I {
+    __m256i a, b;
+  };
+  static constexpr int kRows = 6;  // 6 x 16 columns = 12 of the 16 registers accumulate
+  static constexpr int kTiles = 1;
+
+#define KTMOE_INLINE static inline __attribute__((always_inline))
+  KTMOE_INLINE F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  KTMOE_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  KTMOE_INLINE void store(float* p, F x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+  }
+  KTMOE_INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  KTMOE_INLINE F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  KTMOE_INLINE F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  KTMOE_INLINE F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  KTMOE_INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  KTMOE_INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  KTMOE_INLINE F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+  KTMOE_INLINE F abs(F x) { return as_f(and_i(as_i(x), 0x7fffffff)); }
+  KTMOE_INLINE float hmax(F x) {
+    const __m256 m = _mm256_max_ps(x.a, x.b);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+  }
+  KTMOE_INLINE float hsum(F x) {
+    const __m256 s = _mm256_add_ps(x.a, x.b);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+  }
+
+  KTMOE_INLINE I load_i(const void* p) {
+    const auto* q = static_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+  }
+  KTMOE_INLINE void store_i(void* p, I x) {
+    auto* q = static_cast<__m256i*>(p);
+    _mm256_storeu_si256(q, x.a);
+    _mm256_storeu_si256(q + 1, x.b);
+  }
+  KTMOE_INLINE I set_i(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  KTMOE_INLINE I add_i(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+  KTMOE_INLINE I sub_i(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+  KTMOE_INLINE I and_i(I x, std::int32_t mask) {
+    const __m256i m = _mm256_set1_epi32(mask);
+    return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+  }
+  KTMOE_INLINE I or_i(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+  template <int N>
+  KTMOE_INLINE I shl(I x) {
+    return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)};
+  }
+  template <int N>
+  KTMOE_INLINE I shr(I x) {
+    return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)};
+  }
+  template <int N>
+  KTMOE_INLINE I sar(I x) {
+    return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)};
+  }
+  KTMOE_INLINE F as_f(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+  KTMOE_INLINE I as_i(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+  KTMOE_INLINE F to_f(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+  KTMOE_INLINE I to_i(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+
+  KTMOE_INLINE F load_bf16(const bf16* p) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(h)), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1)), 16))};
+  }
+  KTMOE_INLINE void store_bf16(bf16* p, F x) {
+    const __m256i packed = _mm256_packus_epi32(round_bf16(x.a), round_bf16(x.b));  // per 128-bit half: a0-3 b0-3 | a4-7 b4-7
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+  KTMOE_INLINE void store_s8(std::int8_t* p, I x) {
+    const __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
+  }
+
+  KTMOE_INLINE I even_s8(I x) {
+    return {_mm256_srai_epi16(_mm256_slli_epi16(x.a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(x.b, 8), 8)};
+  }
+  KTMOE_INLINE I odd_s8(I x) { return {_mm256_srai_epi16(x.a, 8), _mm256_srai_epi16(x.b, 8)}; }
+  KTMOE_INLINE I madd(I acc, I x, I y) {
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(x.b, y.b))};
+  }
+
+  KTMOE_INLINE void transpose16(const void* src, std::ptrdiff_t stride, void* dst) {
+    const auto* s = static_cast<const std::byte*>(src);
+    auto* d = static_cast<float*>(dst);
+    __m256 q[4][8];  // all of src before any of dst: they may be the same memory
+    for (int bi = 0; bi < 2; ++bi)
+      for (int bj = 0; bj < 2; ++bj)
+        for (int i = 0; i < 8; ++i)
+          q[2 * bi + bj][i] = _mm256_loadu_ps(reinterpret_cast<const float*>(s + (8 * bi + i) * stride) + 8 * bj);
+    for (int bi = 0; bi < 2; ++bi)
+      for (int bj = 0; bj < 2; ++bj) transpose8(q[2 * bi + bj], d + 8 * bj * 16 + 8 * bi);
+  }
+  KTMOE_INLINE void interleave(F even, F odd, F& lo, F& hi) {
+    interleave8(even.a, odd.a, lo.a, lo.b);
+    interleave8(even.b, odd.b, hi.a, hi.b);
+  }
+  KTMOE_INLINE I zip16(const std::uint16_t* x, const std::uint16_t* y) {
+    const __m256i vx = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), 0xd8);
+    const __m256i vy = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(y)), 0xd8);
+    return {_mm256_unpacklo_epi16(vx, vy), _mm256_unpackhi_epi16(vx, vy)};
+  }
+
+ private:
+  // Upper half = x rounded to bf16, in the low 16 bits of each lane.
+  KTMOE_INLINE __m256i round_bf16(__m256 x) {
+    const __m256i u = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+    return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+  }
+  KTMOE_INLINE void interleave8(__m256 e, __m256 o, __m256& lo, __m256& hi) {
+    const __m256 l = _mm256_unpacklo_ps(e, o), h = _mm256_unpackhi_ps(e, o);
+    lo = _mm256_permute2f128_ps(l, h, 0x20);
+    hi = _mm256_permute2f128_ps(l, h, 0x31);
+  }
+  KTMOE_INLINE void transpose8(const __m256 r[8], float* d) {  // d has a row stride of 16 floats
+    __m256 t[8], u[8];
+    for (int i = 0; i < 4; ++i) {
+      t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for (int h = 0; h < 2; ++h) {
+      u[4 * h + 0] = _mm256_shuffle_ps(t[4 * h], t[4 * h + 2], 0x44);
+      u[4 * h + 1] = _mm256_shuffle_ps(t[4 * h], t[4 * h + 2], 0xee);
+      u[4 * h + 2] = _mm256_shuffle_ps(t[4 * h + 1], t[4 * h + 3], 0x44);
+      u[4 * h + 3] = _mm256_shuffle_ps(t[4 * h + 1], t[4 * h + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      _mm256_storeu_ps(d + i * 16, _mm256_permute2f128_ps(u[i], u[4 + i], 0x20));
+      _mm256_storeu_ps(d + (4 + i) * 16, _mm256_permute2f128_ps(u[i], u[4 + i], 0x31));
+    }
+  }
+#undef KTMOE_INLINE
+};

@@ -1,0 +1,115 @@
+// Vec for AVX-512 (F, BW, DQ, VL): 16 lanes are one zmm register. The operations are described in vec_portable.h.
+
+struct Vec {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr int kRows = 12;  // 12 x 32 columns = 24 of the 32 registers accumulate
+  static constexpr int kTiles = 2;
+
+#define KTMOE_INLINE static inline __attribute__((always_inline))
+  KTMOE_INLINE F set(float x) { return _mm512_set1_ps(x); }
+  KTMOE_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  KTMOE_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  KTMOE_INLINE F add(F x, F y) { return _mm512_add_ps(x, y); }
+  KTMOE_INLINE F sub(F x, F y) { return _mm512_sub_ps(x, y); }
+  KTMOE_INLINE F mul(F x, F y) { return _mm512_mul_ps(x, y); }
+  KTMOE_INLINE F div(F x, F y) { return _mm512_div_ps(x, y); }
+  KTMOE_INLINE F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  KTMOE_INLINE F max(F x, F y) { return _mm512_max_ps(x, y); }
+  KTMOE_INLINE F min(F x, F y) { return _mm512_min_ps(x, y); }
+  KTMOE_INLINE F abs(F x) { return as_f(and_i(as_i(x), 0x7fffffff)); }
+  KTMOE_INLINE float hmax(F x) { return hreduce<true>(x); }
+  KTMOE_INLINE float hsum(F x) { return hreduce<false>(x); }
+
+  KTMOE_INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
+  KTMOE_INLINE void store_i(void* p, I x) { _mm512_storeu_si512(p, x); }
+  KTMOE_INLINE I set_i(std::int32_t x) { return _mm512_set1_epi32(x); }
+  KTMOE_INLINE I add_i(I x, I y) { return _mm512_add_epi32(x, y); }
+  KTMOE_INLINE I sub_i(I x, I y) { return _mm512_sub_epi32(x, y); }
+  KTMOE_INLINE I and_i(I x, std::int32_t mask) { return _mm512_and_si512(x, _mm512_set1_epi32(mask)); }
+  KTMOE_INLINE I or_i(I x, I y) { return _mm512_or_si512(x, y); }
+  template <int N>
+  KTMOE_INLINE I shl(I x) {
+    return _mm512_slli_epi32(x, N);
+  }
+  template <int N>
+  KTMOE_INLINE I shr(I x) {
+    return _mm512_srli_epi32(x, N);
+  }
+  template <int N>
+  KTMOE_INLINE I sar(I x) {
+    return _mm512_srai_epi32(x, N);
+  }
+  KTMOE_INLINE F as_f(I x) { return _mm512_castsi512_ps(x); }
+  KTMOE_INLINE I as_i(F x) { return _mm512_castps_si512(x); }
+  KTMOE_INLINE F to_f(I x) { return _mm512_cvtepi32_ps(x); }
+  KTMOE_INLINE I to_i(F x) { return _mm512_cvtps_epi32(x); }
+
+  KTMOE_INLINE F load_bf16(const bf16* p) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return as_f(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+  KTMOE_INLINE void store_bf16(bf16* p, F x) {
+    const I u = as_i(x);
+    const I odd = and_i(shr<16>(u), 1);
+    const I rounded = shr<16>(add_i(add_i(u, set_i(0x7fff)), odd));
+    const I quiet = or_i(shr<16>(u), set_i(0x40));
+    const I halves = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(halves));
+  }
+  KTMOE_INLINE void store_s8(std::int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
+
+  KTMOE_INLINE I even_s8(I x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
+  KTMOE_INLINE I odd_s8(I x) { return _mm512_srai_epi16(x, 8); }
+  KTMOE_INLINE I madd(I acc, I x, I y) { return _mm512_add_epi32(acc, _mm512_madd_epi16(x, y)); }
+
+  KTMOE_INLINE void transpose16(const void* src, std::ptrdiff_t stride, void* dst) {
+    const auto* s = static_cast<const std::byte*>(src);
+    auto* d = static_cast<std::byte*>(dst);
+    I r[16], t[16];
+    for (int i = 0; i < 16; ++i) r[i] = load_i(s + i * stride);
+    // Within each 128-bit lane: words, then pairs; afterwards t[4q + c] holds, in lane L, column 4L + c of rows 4q .. 4q + 3.
+    for (int q = 0; q < 4; ++q) {
+      const I a = _mm512_unpacklo_epi32(r[4 * q], r[4 * q + 1]), b = _mm512_unpackhi_epi32(r[4 * q], r[4 * q + 1]);
+      const I c = _mm512_unpacklo_epi32(r[4 * q + 2], r[4 * q + 3]), e = _mm512_unpackhi_epi32(r[4 * q + 2], r[4 * q + 3]);
+      t[4 * q + 0] = _mm512_unpacklo_epi64(a, c);
+      t[4 * q + 1] = _mm512_unpackhi_epi64(a, c);
+      t[4 * q + 2] = _mm512_unpacklo_epi64(b, e);
+      t[4 * q + 3] = _mm512_unpackhi_epi64(b, e);
+    }
+    // A 4 x 4 transposition of 128-bit lanes for each c: row 4L + c = lanes L of t[c], t[4 + c], t[8 + c], t[12 + c].
+    for (int c = 0; c < 4; ++c) {
+      const I lo01 = _mm512_shuffle_i32x4(t[c], t[4 + c], 0x88), hi01 = _mm512_shuffle_i32x4(t[c], t[4 + c], 0xdd);
+      const I lo23 = _mm512_shuffle_i32x4(t[8 + c], t[12 + c], 0x88), hi23 = _mm512_shuffle_i32x4(t[8 + c], t[12 + c], 0xdd);
+      store_i(d + 64 * (0 + c), _mm512_shuffle_i32x4(lo01, lo23, 0x88));
+      store_i(d + 64 * (4 + c), _mm512_shuffle_i32x4(hi01, hi23, 0x88));
+      store_i(d + 64 * (8 + c), _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
+      store_i(d + 64 * (12 + c), _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
+    }
+  }
+  KTMOE_INLINE void interleave(F even, F odd, F& lo, F& hi) {
+    const I pick_lo = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const I pick_hi = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+    lo = _mm512_permutex2var_ps(even, pick_lo, odd);
+    hi = _mm512_permutex2var_ps(even, pick_hi, odd);
+  }
+  KTMOE_INLINE I zip16(const std::uint16_t* x, const std::uint16_t* y) {
+    const I vx = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    const I vy = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(y)));
+    return or_i(vx, shl<16>(vy));
+  }
+
+ private:
+  template <bool kMax>
+  KTMOE_INLINE float hreduce(F x) {  // the tree of vec_portable.h
+    const __m256 lo = _mm512_castps512_ps256(x), hi = _mm512_extractf32x8_ps(x, 1);
+    const __m256 m = kMax ? _mm256_max_ps(lo, hi) : _mm256_add_ps(lo, hi);
+    const __m128 ml = _mm256_castps256_ps128(m), mh = _mm256_extractf128_ps(m, 1);
+    __m128 q = kMax ? _mm_max_ps(ml, mh) : _mm_add_ps(ml, mh);
+    const __m128 r = _mm_movehl_ps(q, q);
+    q = kMax ? _mm_max_ps(q, r) : _mm_add_ps(q, r);
+    const __m128 s = _mm_movehdup_ps(q);
+    return _mm_cvtss_f32(kMax ? _mm_max_ss(q, s) : _mm_add_ss(q, s));
+  }
+#undef KTMOE_INLINE
+};

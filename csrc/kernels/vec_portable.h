@@ -1,0 +1,176 @@
+// Vec for any CPU: 16 lanes as plain loops, which the compiler turns into whatever the baseline has.
+// Every Vec offers the same operations on 16 lanes of 32 bits; the algorithms in *-inl.h are written once against them.
+// Include inside the namespace of a level. Multiplication and addition never contract, except in fma(): the elementwise kernels use
+// add/mul/div alone, so they give the same bits at every level.
+
+struct Vec {
+  struct F {
+    float v[16];
+  };
+  struct I {
+    std::int32_t v[16];
+  };
+  static constexpr int kRows = 4;   // rows of C that one inner loop accumulates
+  static constexpr int kTiles = 1;  // tiles of 16 columns beside each other in it
+
+  template <class Op>
+  static F each(Op op) {
+    F r;
+    for (int i = 0; i < 16; ++i) r.v[i] = op(i);
+    return r;
+  }
+  template <class Op>
+  static I each_i(Op op) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.v[i] = op(i);
+    return r;
+  }
+
+  static F set(float x) {
+    return each([&](int) { return x; });
+  }
+  static F load(const float* p) {
+    F r;
+    std::memcpy(&r, p, 64);
+    return r;
+  }
+  static void store(float* p, F x) { std::memcpy(p, &x, 64); }
+  static F add(F a, F b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static F sub(F a, F b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static F mul(F a, F b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static F div(F a, F b) {
+    return each([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  static F fma(F a, F b, F c) {  // two roundings here; one where the CPU fuses
+    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  }
+  // As x86 does: the second operand if either is NaN.
+  static F max(F a, F b) {
+    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F min(F a, F b) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F abs(F a) { return as_f(and_i(as_i(a), 0x7fffffff)); }
+  static float hmax(F a) {
+    float m = a.v[0];
+    for (int i = 1; i < 16; ++i) m = a.v[i] > m ? a.v[i] : m;
+    return m;
+  }
+  static float hsum(F a) {  // a fixed tree: lane i with lane i + 8, then + 4, + 2, + 1
+    for (int half = 8; half; half /= 2)
+      for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+    return a.v[0];
+  }
+
+  static I load_i(const void* p) {
+    I r;
+    std::memcpy(&r, p, 64);
+    return r;
+  }
+  static void store_i(void* p, I x) { std::memcpy(p, &x, 64); }
+  static I set_i(std::int32_t x) {
+    return each_i([&](int) { return x; });
+  }
+  static I add_i(I a, I b) {
+    return each_i([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) + static_cast<std::uint32_t>(b.v[i])); });
+  }
+  static I sub_i(I a, I b) {
+    return each_i([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) - static_cast<std::uint32_t>(b.v[i])); });
+  }
+  static I and_i(I a, std::int32_t mask) {
+    return each_i([&](int i) { return a.v[i] & mask; });
+  }
+  static I or_i(I a, I b) {
+    return each_i([&](int i) { return a.v[i] | b.v[i]; });
+  }
+  template <int N>
+  static I shl(I a) {
+    return each_i([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) << N); });
+  }
+  template <int N>
+  static I shr(I a) {  // logical
+    return each_i([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) >> N); });
+  }
+  template <int N>
+  static I sar(I a) {  // arithmetic
+    return each_i([&](int i) { return a.v[i] >> N; });
+  }
+  static F as_f(I a) {
+    F r;
+    std::memcpy(&r, &a, 64);
+    return r;
+  }
+  static I as_i(F a) {
+    I r;
+    std::memcpy(&r, &a, 64);
+    return r;
+  }
+  static F to_f(I a) {
+    return each([&](int i) { return static_cast<float>(a.v[i]); });
+  }
+  // Round to nearest even, for |a| < 2^22; any value for the rest.
+  static I to_i(F a) {
+    const F magic = set(12582912.0f);
+    return sub_i(as_i(add(a, magic)), as_i(magic));
+  }
+
+  // 16 consecutive bf16 as floats, and back (round to nearest even, NaN stays NaN).
+  static F load_bf16(const bf16* p) {
+    return each([&](int i) { return to_float(p[i]); });
+  }
+  static void store_bf16(bf16* p, F x) {
+    for (int i = 0; i < 16; ++i) p[i] = to_bf16(x.v[i]);
+  }
+  static void store_s8(std::int8_t* p, I x) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(x.v[i]);
+  }
+
+  // int8 words: bytes 0 and 2 (even) or 1 and 3 (odd) as two int16 of each lane; madd: acc + a.lo * b.lo + a.hi * b.hi.
+  static I even_s8(I a) {
+    return each_i([&](int i) { return pair16(static_cast<std::int8_t>(a.v[i]), static_cast<std::int8_t>(a.v[i] >> 16)); });
+  }
+  static I odd_s8(I a) {
+    return each_i([&](int i) { return pair16(static_cast<std::int8_t>(a.v[i] >> 8), static_cast<std::int8_t>(a.v[i] >> 24)); });
+  }
+  static I madd(I acc, I a, I b) {
+    return each_i([&](int i) {
+      return acc.v[i] + static_cast<std::int16_t>(a.v[i]) * static_cast<std::int16_t>(b.v[i]) + (a.v[i] >> 16) * (b.v[i] >> 16);
+    });
+  }
+
+  // dst[j][i] = src[i][j] for 16 x 16 words; rows of src at `stride` bytes, dst dense.
+  static void transpose16(const void* src, std::ptrdiff_t stride, void* dst) {
+    std::uint32_t t[16][16];
+    for (int i = 0; i < 16; ++i) {
+      std::uint32_t row[16];
+      std::memcpy(row, static_cast<const std::byte*>(src) + i * stride, 64);
+      for (int j = 0; j < 16; ++j) t[j][i] = row[j];
+    }
+    std::memcpy(dst, t, sizeof t);
+  }
+  // lo = e0 o0 e1 o1 ... e7 o7, hi = e8 o8 ... e15 o15
+  static void interleave(F even, F odd, F& lo, F& hi) {
+    for (int i = 0; i < 8; ++i) {
+      lo.v[2 * i] = even.v[i];
+      lo.v[2 * i + 1] = odd.v[i];
+      hi.v[2 * i] = even.v[8 + i];
+      hi.v[2 * i + 1] = odd.v[8 + i];
+    }
+  }
+  // lanes: (lo half-word of a lane i, lo half-word of b lane i) from two sequences of 16 half-words
+  static I zip16(const std::uint16_t* a, const std::uint16_t* b) {
+    return each_i([&](int i) { return static_cast<std::int32_t>(std::uint32_t{a[i]} | std::uint32_t{b[i]} << 16); });
+  }
+
+ private:
+  static std::int32_t pair16(std::int16_t lo, std::int16_t hi) {
+    return static_cast<std::int32_t>((static_cast<std::uint32_t>(static_cast<std::uint16_t>(hi)) << 16) | static_cast<std::uint16_t>(lo));
+  }
+};

@@ -1,0 +1,360 @@
+// The backward pass. One task owns an expert; all its blocks are done in row order, so that gradients sum in a fixed order.
+//
+//   s = LoRA scaling, w = routing weight of the row, dY = gradient of the layer's output (the row's token)
+//   dH~ = dY Wd + s (dY Bd) Ad            gradient of h before the routing weight; <h, dH~> is the router's gradient
+//   dG, dU = SwiGLU backward of w dH~     from the cached gate and up
+//   dX = [dG|dU] Wgu + s ([dG|dU] Bgu) Agu
+//   dBd = (w dY)^T (s Ud)    dAd = (s w dY Bd)^T h    dBg = dG^T (s Ug)    dAg = (s dG Bg)^T x    and so for up
+// Every GEMM reads the forward's packed bytes. With few experts the stages of one expert are shared by all workers instead.
+#include <algorithm>
+
+#include "moe/layer.h"
+#include "moe/schedule.h"
+
+namespace ktmoe {
+namespace {
+
+constexpr int kGroupColumns = 256;  // columns of one backward call; also the unit of the router gradient's partial sums
+
+struct Pass {
+  const MoeLayer& layer;
+  const KernelTable& kernels;
+  const MoeConfig& config;
+  const ForwardCache::Chunk& chunk;
+  const bf16* x;     // [n_tokens][hidden] of the chunk
+  Tokens grad_out;   // of the chunk
+  const LoraAdapter* lora;
+  float* rows;       // [plan.rows()][rows_ld]: dX of each row
+  std::ptrdiff_t rows_ld;
+  float* dots;       // [plan.rows()]: <h, dH~>
+  const Gradients& grads;
+  bool first_chunk;
+};
+
+// Runs the units of a stage: here, or on all workers.
+struct Units {
+  ThreadPool::Session& session;
+  int worker;   // whose scratch, when serial
+  bool shared;  // all workers take part
+
+  template <class F>
+  void each(int n, F f) const {
+    if (!shared) {
+      for (int i = 0; i < n; ++i) f(i, session.scratch(worker));
+      return;
+    }
+    session.parallel_for(n, [&](int i, int w) {
+      session.scratch(w).reset();
+      f(i, session.scratch(w));
+    });
+  }
+};
+
+class ExpertBackward {
+ public:
+  ExpertBackward(const Pass& pass, int expert, const Units& units, Scratch& scratch)
+      : p_(pass), k_(pass.kernels), units_(units), scratch_(scratch), e_(expert), expert_(pass.layer.expert(expert)) {
+    if (p_.lora) lora_ = p_.lora->expert(expert);
+  }
+
+  void run(const RoutePlan::Block* blocks, int n_blocks) {
+    int most = 0;
+    for (int i = 0; i < n_blocks; ++i) most = std::max(most, blocks[i].rows);
+    allocate(most);
+    for (int i = 0; i < n_blocks; ++i) {
+      block_ = blocks[i];
+      m_ = block_.rows;
+      if (p_.lora) down_lora();
+      through_down();
+      if (p_.lora) gate_up_lora();
+      through_gate_up();
+      if (want_lora()) lora_gradients(i == 0);
+    }
+    if (want_lora()) write_lora_gradients();
+  }
+
+ private:
+  bool scaled() const { return format_info(p_.config.format).has_scales; }
+  bool want_lora() const { return p_.lora && p_.grads.lora[0]; }
+  int rank() const { return p_.lora->rank; }
+  int gate_up_columns() const { return expert_.gate_up.layout().n_panels * kPanelColumns; }
+  int h_columns() const { return expert_.gate_up.layout().n_panels * kTileColumns; }
+  RowSource dy() const { return {p_.grad_out.data, p_.grad_out.ld, p_.chunk.plan.token.data() + block_.begin}; }
+  const float* weight() const { return p_.chunk.plan.weight.data() + block_.begin; }
+  template <class T>
+  T* take(std::size_t rows, int columns) {
+    return scratch_.take<T>(rows * static_cast<std::size_t>(columns));
+  }
+
+  void allocate(int most) {
+    const std::size_t m = static_cast<std::size_t>(most);
+    const int down_panels = expert_.down.layout().n_panels, gate_up_panels = expert_.gate_up.layout().n_panels;
+    // dH~ comes in groups of kGroupColumns, so h and dgate_up are padded to that.
+    h_ld_ = round_up(std::max(h_columns(), p_.config.inter), kGroupColumns);
+    dgu_ld_ = 2 * h_ld_;
+    h_ = take<bf16>(m, static_cast<int>(h_ld_));
+    dgu_ = take<bf16>(m, static_cast<int>(dgu_ld_));
+    dot_parts_ = take<float>(m, static_cast<int>(h_ld_) / kGroupColumns);
+    dy_operand_ = scratch_.take<std::byte>(k_.grad_operand_bytes(most, down_panels));
+    dgu_operand_ = scratch_.take<std::byte>(k_.grad_operand_bytes(most, gate_up_panels));
+    const int lora_blocks = p_.lora ? ceil_div(2 * rank(), kPanelColumns) : 0;
+    c_ = scratch_.take<float>(c_block_floats(most) * static_cast<std::size_t>(std::max(kGroupColumns / kPanelColumns, lora_blocks)));
+    if (!p_.lora) return;
+    v_ld_ = round_up(2 * rank(), kPanelColumns);
+    for (bf16** v : {&v_gate_up_, &v_down_, &wv_down_, &wu_down_}) *v = take<bf16>(m, static_cast<int>(v_ld_));
+    const int v_panels = static_cast<int>(v_ld_) / kPanelColumns;
+    v_operand_ = scratch_.take<std::byte>(k_.grad_operand_bytes(most, v_panels));
+    if (scaled()) {
+      plain_operand_ = scratch_.take<std::byte>(k_.grad_operand_bytes(most, std::max(down_panels, gate_up_panels)));
+    }
+    if (!want_lora()) return;
+    outer_operand_ = scratch_.take<std::byte>(k_.outer_operand_bytes(most, 2 * rank()));
+    const std::size_t r = static_cast<std::size_t>(rank());
+    hidden_ld_ = round_up(p_.config.hidden, kTileColumns);
+    grad_a_gate_up_ = take<float>(2 * r, static_cast<int>(hidden_ld_));
+    grad_b_down_ = take<float>(r, static_cast<int>(hidden_ld_));
+    for (float** g : {&grad_b_gate_, &grad_b_up_, &grad_a_down_}) *g = take<float>(r, h_columns());
+    // Q rows must be readable in whole tiles: tokens with a ragged hidden size are copied.
+    if (p_.config.hidden % kTileColumns) {
+      padded_x_ = take<bf16>(m, static_cast<int>(hidden_ld_));
+      padded_dy_ = take<bf16>(m, static_cast<int>(hidden_ld_));
+    }
+  }
+
+  // C blocks of columns [column0, column0 + columns) of dY W (+ V A), in a worker's scratch. column0 is a multiple of 64.
+  float* columns_of(Scratch& scratch, const std::byte* operand, const PackedMatrix& w, const PackedMatrix* lora, int column0, int columns) {
+    const int step = format_info(w.layout().format).k_step, s0 = column0 / step;
+    const int s1 = std::min(ceil_div(column0 + columns, step), w.layout().k_steps);
+    float* c = units_.shared ? scratch.take<float>(c_block_floats(m_) * (kGroupColumns / kPanelColumns)) : c_;
+    k_.backward(operand, m_, w, s0, s1, c, false);
+    if (lora) {
+      const int l0 = column0 / kPanelColumns, l1 = std::min(ceil_div(column0 + columns, kPanelColumns), lora->layout().k_steps);
+      k_.backward(v_operand_, m_, *lora, l0, l1, c, true);
+    }
+    return c;
+  }
+
+  // v = factor * (dY B), rounded to bf16; then the operand of v for the way back through A.
+  void lora_through_b(const std::byte* operand, const PackedMatrix& b, const PackedMatrix& a, int used, bf16* v) {
+    const int blocks = ceil_div(used, kPanelColumns);
+    k_.backward(operand, m_, b, 0, b.layout().k_steps, c_, false);
+    k_.c_to_bf16(c_, m_, blocks, p_.lora->scaling, nullptr, v, v_ld_);
+    k_.pack_grad_operand({v, v_ld_, nullptr}, nullptr, m_, used, a.layout().n_panels, v_operand_);
+    if (v == v_down_ && want_lora()) k_.c_to_bf16(c_, m_, blocks, p_.lora->scaling, weight(), wv_down_, v_ld_);
+  }
+
+  void down_lora() {
+    std::byte* operand = scaled() ? plain_operand_ : dy_operand_;
+    k_.pack_grad_operand(dy(), nullptr, m_, p_.config.hidden, expert_.down.layout().n_panels, operand);
+    lora_through_b(operand, lora_.b_down, lora_.a_down, rank(), v_down_);
+  }
+
+  // dY -> dH~ -> dG|dU, h, and the router's dot products.
+  void through_down() {
+    if (scaled() || !p_.lora)
+      k_.pack_grad_operand(dy(), scaled() ? expert_.down.scales() : nullptr, m_, p_.config.hidden, expert_.down.layout().n_panels, dy_operand_);
+    const int groups = ceil_div(h_columns(), kGroupColumns);
+    const std::ptrdiff_t gu_ld = gate_up_columns();
+    const bf16* gate_up = p_.chunk.gate_up.as<bf16>() + block_.begin * gu_ld;
+    std::fill_n(dot_parts_, static_cast<std::size_t>(groups) * static_cast<std::size_t>(m_), 0.0f);
+    units_.each(groups, [&](int g, Scratch& scratch) {
+      const int first = g * kGroupColumns, columns = std::min(kGroupColumns, h_columns() - first);
+      float* c = columns_of(scratch, dy_operand_, expert_.down, p_.lora ? &lora_.a_down : nullptr, first, columns);
+      k_.swiglu_backward(c, m_, columns / kTileColumns, gate_up + 2 * first, gu_ld, weight(), dgu_ + 2 * first, dgu_ld_, h_ + first, h_ld_,
+                         dot_parts_ + static_cast<std::ptrdiff_t>(g) * m_);
+    });
+    for (int r = 0; r < m_; ++r) {
+      float sum = 0.0f;
+      for (int g = 0; g < groups; ++g) sum += dot_parts_[static_cast<std::ptrdiff_t>(g) * m_ + r];
+      p_.dots[block_.begin + r] = sum;
+    }
+  }
+
+  void gate_up_lora() {
+    std::byte* operand = scaled() ? plain_operand_ : dgu_operand_;
+    k_.pack_grad_operand({dgu_, dgu_ld_, nullptr}, nullptr, m_, gate_up_columns(), expert_.gate_up.layout().n_panels, operand);
+    lora_through_b(operand, lora_.b_gate_up, lora_.a_gate_up, 2 * rank(), v_gate_up_);
+  }
+
+  void through_gate_up() {
+    if (scaled() || !p_.lora)
+      k_.pack_grad_operand({dgu_, dgu_ld_, nullptr}, scaled() ? expert_.gate_up.scales() : nullptr, m_, gate_up_columns(),
+                           expert_.gate_up.layout().n_panels, dgu_operand_);
+    if (!p_.rows) return;
+    const int hidden = static_cast<int>(p_.rows_ld);
+    units_.each(ceil_div(hidden, kGroupColumns), [&](int g, Scratch& scratch) {
+      const int first = g * kGroupColumns, columns = std::min(kGroupColumns, hidden - first);
+      float* c = columns_of(scratch, dgu_operand_, expert_.gate_up, p_.lora ? &lora_.a_gate_up : nullptr, first, columns);
+      k_.c_to_rows(c, m_, columns / kPanelColumns, p_.rows + block_.begin * p_.rows_ld + first, p_.rows_ld);
+    });
+  }
+
+  // out[i][j] (+)= sum over rows of P[row][i] Q[row][j], columns of Q shared out in units of 16 tiles.
+  void outer(const bf16* p, std::ptrdiff_t p_ld, int p_columns, RowSource q, int tile_stride, int columns, float* out, std::ptrdiff_t ld,
+             bool first) {
+    k_.pack_outer_operand(p, p_ld, m_, p_columns, outer_operand_);
+    const int tiles = ceil_div(columns, kTileColumns);
+    constexpr int kUnit = 16;
+    units_.each(ceil_div(tiles, kUnit), [&](int u, Scratch&) {
+      RowSource part = q;
+      part.base = static_cast<const bf16*>(q.base) + static_cast<std::ptrdiff_t>(u) * kUnit * tile_stride;
+      k_.outer(outer_operand_, m_, p_columns, part, tile_stride, std::min(kUnit, tiles - u * kUnit), out + u * kUnit * kTileColumns, ld, !first);
+    });
+  }
+
+  RowSource whole_tiles(RowSource rows, bf16* padded) {
+    if (!padded) return rows;
+    for (int r = 0; r < m_; ++r) {
+      std::memset(padded + r * hidden_ld_, 0, sizeof(bf16) * static_cast<std::size_t>(hidden_ld_));
+      std::memcpy(padded + r * hidden_ld_, rows.row<bf16>(r), sizeof(bf16) * static_cast<std::size_t>(p_.config.hidden));
+    }
+    return {padded, hidden_ld_, nullptr};
+  }
+
+  void lora_gradients(bool first) {
+    const int r = rank(), hidden = p_.config.hidden;
+    const std::ptrdiff_t u2_ld = round_up(2 * r, kPanelColumns), u1_ld = round_up(r, kPanelColumns);
+    const bf16* u_gate_up = p_.chunk.u_gate_up.as<bf16>() + block_.begin * u2_ld;
+    const bf16* u_down = p_.chunk.u_down.as<bf16>() + block_.begin * u1_ld;
+    const RowSource x = whole_tiles({p_.x, hidden, p_.chunk.plan.token.data() + block_.begin}, padded_x_);
+    const RowSource grad = whole_tiles(dy(), padded_dy_);
+    for (int i = 0; i < m_; ++i)
+      for (int j = 0; j < r; ++j) wu_down_[i * v_ld_ + j] = to_bf16(weight()[i] * to_float(u_down[i * u1_ld + j]));
+
+    outer(v_gate_up_, v_ld_, 2 * r, x, kTileColumns, hidden, grad_a_gate_up_, hidden_ld_, first);
+    outer(u_gate_up, u2_ld, r, {dgu_, dgu_ld_, nullptr}, kPanelColumns, h_columns(), grad_b_gate_, h_columns(), first);
+    outer(u_gate_up + r, u2_ld, r, {dgu_ + kTileColumns, dgu_ld_, nullptr}, kPanelColumns, h_columns(), grad_b_up_, h_columns(), first);
+    outer(wv_down_, v_ld_, r, {h_, h_ld_, nullptr}, kTileColumns, h_columns(), grad_a_down_, h_columns(), first);
+    outer(wu_down_, v_ld_, r, grad, kTileColumns, hidden, grad_b_down_, hidden_ld_, first);
+  }
+
+  void write_lora_gradients() {
+    const int r = rank(), hidden = p_.config.hidden, inter = p_.config.inter;
+    write_rows(kGateA, grad_a_gate_up_, hidden_ld_, r, hidden);
+    write_rows(kUpA, grad_a_gate_up_ + r * hidden_ld_, hidden_ld_, r, hidden);
+    write_rows(kDownA, grad_a_down_, h_columns(), r, inter);
+    write_transposed(kGateB, grad_b_gate_, h_columns(), r, inter);
+    write_transposed(kUpB, grad_b_up_, h_columns(), r, inter);
+    write_transposed(kDownB, grad_b_down_, hidden_ld_, r, hidden);
+  }
+  float* gradient(LoraTensor t, int rows, int columns) const {
+    return p_.grads.lora[t] + static_cast<std::ptrdiff_t>(e_) * rows * columns;
+  }
+  void write_rows(LoraTensor t, const float* src, std::ptrdiff_t ld, int rows, int columns) {
+    float* dst = gradient(t, rows, columns);
+    for (int i = 0; i < rows; ++i, dst += columns)
+      for (int j = 0; j < columns; ++j) dst[j] = p_.first_chunk ? src[i * ld + j] : dst[j] + src[i * ld + j];
+  }
+  void write_transposed(LoraTensor t, const float* src, std::ptrdiff_t ld, int rows, int columns) {
+    float* dst = gradient(t, columns, rows);
+    for (int j = 0; j < columns; ++j, dst += rows)
+      for (int i = 0; i < rows; ++i) dst[i] = p_.first_chunk ? src[i * ld + j] : dst[i] + src[i * ld + j];
+  }
+
+  const Pass& p_;
+  const KernelTable& k_;
+  const Units& units_;
+  Scratch& scratch_;
+  const int e_;
+  const Expert expert_;
+  LoraExpert lora_;
+  RoutePlan::Block block_{};
+  int m_ = 0;
+  std::ptrdiff_t h_ld_ = 0, dgu_ld_ = 0, v_ld_ = 0, hidden_ld_ = 0;
+  bf16 *h_ = nullptr, *dgu_ = nullptr, *v_gate_up_ = nullptr, *v_down_ = nullptr, *wv_down_ = nullptr, *wu_down_ = nullptr;
+  bf16 *padded_x_ = nullptr, *padded_dy_ = nullptr;
+  float *c_ = nullptr, *dot_parts_ = nullptr, *grad_a_gate_up_ = nullptr, *grad_b_down_ = nullptr, *grad_b_gate_ = nullptr, *grad_b_up_ = nullptr,
+        *grad_a_down_ = nullptr;
+  std::byte *dy_operand_ = nullptr, *dgu_operand_ = nullptr, *plain_operand_ = nullptr, *v_operand_ = nullptr, *outer_operand_ = nullptr;
+};
+
+// Runs all experts of a pass; an expert's gradients do not depend on which way is taken.
+void run_experts(ThreadPool::Session& session, const Pass& pass) {
+  const RoutePlan& plan = pass.chunk.plan;
+  auto expert = [&](int i, const Units& units, Scratch& scratch) {
+    const int first = plan.expert_blocks[static_cast<std::size_t>(i)], last = plan.expert_blocks[static_cast<std::size_t>(i) + 1];
+    scratch.reset();
+    const RoutePlan::Block* blocks = plan.blocks.data() + first;
+    ExpertBackward(pass, blocks->expert, units, scratch).run(blocks, last - first);
+  };
+  int most_rows = 0;
+  for (int i = 0; i < plan.active_experts(); ++i) {
+    int rows = 0;
+    for (int b = plan.expert_blocks[static_cast<std::size_t>(i)]; b < plan.expert_blocks[static_cast<std::size_t>(i) + 1]; ++b)
+      rows += plan.blocks[static_cast<std::size_t>(b)].rows;
+    most_rows = std::max(most_rows, rows);
+  }
+  if (owner_pays(plan.active_experts(), most_rows, plan.rows(), session.threads()))
+    session.parallel_for(plan.active_experts(), [&](int i, int worker) { expert(i, {session, worker, false}, session.scratch(worker)); });
+  else
+    for (int i = 0; i < plan.active_experts(); ++i) expert(i, {session, 0, true}, session.stage());
+}
+
+void combine(ThreadPool::Session& session, const Pass& pass, int first_token) {
+  const RoutePlan& plan = pass.chunk.plan;
+  constexpr int kUnit = 16;
+  session.parallel_for(ceil_div(plan.n_tokens, kUnit), [&](int unit, int worker) {
+    Scratch& scratch = session.scratch(worker);
+    scratch.reset();
+    float* sum = scratch.take<float>(static_cast<std::size_t>(pass.rows_ld));
+    for (int t = unit * kUnit; t < std::min((unit + 1) * kUnit, plan.n_tokens); ++t) {
+      const std::int32_t* row_of = plan.row_of.data() + static_cast<std::ptrdiff_t>(t) * plan.top_k;
+      const std::ptrdiff_t token = first_token + t;
+      if (pass.rows) {
+        pass.kernels.combine(pass.rows, pass.rows_ld, row_of, nullptr, plan.top_k, static_cast<int>(pass.rows_ld), sum);
+        const std::ptrdiff_t hidden = pass.config.hidden;
+        if (pass.grads.input32) std::memcpy(pass.grads.input32 + token * hidden, sum, sizeof(float) * static_cast<std::size_t>(hidden));
+        if (pass.grads.input16) pass.kernels.round_row(sum, pass.config.hidden, pass.grads.input16 + token * hidden);
+      }
+      for (int s = 0; pass.grads.weights && s < plan.top_k; ++s)
+        pass.grads.weights[token * plan.top_k + s] = row_of[s] < 0 ? 0.0f : pass.dots[row_of[s]];
+    }
+  });
+}
+
+// Experts that the first chunk does not reach start from exact zeros.
+void clear_idle_experts(ThreadPool::Session& session, const MoeConfig& config, const LoraAdapter& lora, const Gradients& grads,
+                        const RoutePlan* first) {
+  std::vector<std::uint8_t> active(static_cast<std::size_t>(config.n_experts), 0);
+  if (first)
+    for (const auto& b : first->blocks) active[static_cast<std::size_t>(b.expert)] = 1;
+  session.parallel_for(config.n_experts, [&](int e, int) {
+    if (active[static_cast<std::size_t>(e)]) return;
+    for (int t = 0; t < 6; ++t) {
+      const auto [rows, columns] = lora.shape(static_cast<LoraTensor>(t));
+      const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(rows) * columns;
+      std::fill_n(grads.lora[static_cast<std::size_t>(t)] + e * size, size, 0.0f);
+    }
+  });
+}
+
+}  // namespace
+
+void MoeLayer::backward(const ForwardCache& cache, Tokens grad_out, const LoraAdapter* lora, const Gradients& grads) const {
+  check_ready("backward", lora);
+  require(cache.layer == this, ErrorKind::value, "[backward] cache: got one of another layer, expected one of this layer");
+  require(cache.with_lora == (lora != nullptr), ErrorKind::value, "[backward] lora: got ", lora ? "an adapter" : "none",
+          ", expected what the forward had (", cache.with_lora ? "an adapter" : "none", ")");
+  require(!lora || lora->version() == cache.lora_version, ErrorKind::runtime, "LoRA weights changed between forward and backward: [backward] ",
+          "the adapter has version ", lora ? lora->version() : 0, ", the forward used ", cache.lora_version);
+  const bool want_lora = lora && grads.lora[0], want_input = grads.input16 || grads.input32;
+  const std::ptrdiff_t rows_ld = round_up(config_.hidden, kPanelColumns);
+  int total_rows = 0;
+  for (const auto& chunk : cache.chunks) total_rows += chunk.plan.rows();
+
+  ThreadPool::Session session(*pool_, too_small_to_share(2 * total_rows, config_));
+  if (want_lora) clear_idle_experts(session, config_, *lora, grads, cache.chunks.empty() ? nullptr : &cache.chunks[0].plan);
+  for (const auto& chunk : cache.chunks) {
+    const std::size_t rows = static_cast<std::size_t>(chunk.plan.rows());
+    session.shared().reset();
+    Pass pass{*this, kernels_, config_, chunk, cache.x.as<bf16>() + static_cast<std::ptrdiff_t>(chunk.first_token) * config_.hidden,
+              {grad_out.data + chunk.first_token * grad_out.ld, grad_out.ld}, lora, nullptr, rows_ld, nullptr, grads,
+              &chunk == &cache.chunks[0]};
+    if (want_input) pass.rows = session.shared().take<float>(rows * static_cast<std::size_t>(rows_ld));
+    pass.dots = session.shared().take<float>(rows);
+    run_experts(session, pass);
+    combine(session, pass, chunk.first_token);
+  }
+}
+
+}  // namespace ktmoe

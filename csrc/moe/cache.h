@@ -1,0 +1,37 @@
+// ForwardCache: what one backward needs of one forward; the caller owns it.
+//
+// Per token: x (2 hidden bytes). Per row (token, slot): gate and up before the activation (4 inter bytes, padded to whole panels) and
+// the LoRA activations U, already scaled (6 rank bytes). Everything else is recomputed; the router gradient is <h, dh>.
+#pragma once
+
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "moe/route.h"
+
+namespace ktmoe {
+
+struct ForwardCache {
+  struct Chunk {
+    int first_token;
+    RoutePlan plan;
+    AlignedBuffer gate_up;  // bf16 [rows][32 * gate/up panels]
+    AlignedBuffer u_gate_up;  // bf16 [rows][2 rank, padded to 32], empty without LoRA
+    AlignedBuffer u_down;     // bf16 [rows][rank, padded to 32]
+  };
+  const void* layer = nullptr;  // identity, to refuse a foreign cache
+  int n_tokens = 0;
+  bool with_lora = false;
+  std::uint64_t lora_version = 0;
+  AlignedBuffer x;  // bf16 [n_tokens][hidden]
+  std::vector<Chunk> chunks;
+
+  std::size_t bytes() const {
+    std::size_t total = x.size();
+    for (const Chunk& c : chunks)
+      total += c.gate_up.size() + c.u_gate_up.size() + c.u_down.size() + 12 * c.plan.token.size() + 8 * c.plan.row_of.size();
+    return total;
+  }
+};
+
+}  // namespace ktmoe

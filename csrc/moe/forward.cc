@@ -1,0 +1,268 @@
+// The forward pass.
+//
+//   X --(quantise)--> operand --gate/up GEMM (+ LoRA)--> C --SwiGLU--> h --operand--> down GEMM (+ LoRA) --> fp32 rows --combine--> out
+//
+// Two schedules, the same arithmetic (a row's result depends on its block alone, never on the schedule or the thread):
+//   owner   one task computes a whole block of an expert, so that its activations stay in the L2; when blocks are many
+//   panels  all workers share each stage of all blocks; when blocks are few (decode, or few experts)
+#include <algorithm>
+
+#include "moe/layer.h"
+#include "moe/schedule.h"
+
+namespace ktmoe {
+namespace {
+
+constexpr int kGroupPanels = 8;  // most panels of one kernel call: the C block of 256 rows x 256 columns is 256 KB
+
+struct Pass {
+  const MoeLayer& layer;
+  const KernelTable& kernels;
+  const MoeConfig& config;
+  const RoutePlan& plan;
+  const LoraAdapter* lora;
+  Tokens x;
+  const std::int8_t* x8;   // int8: quantised tokens [n_tokens][k padded] and their scales
+  const float* x_scale;
+  std::ptrdiff_t x8_ld;
+  ForwardCache::Chunk* cache;  // or null
+  float* rows;                 // [plan.rows()][rows_ld], the experts' outputs
+  std::ptrdiff_t rows_ld;
+};
+
+// One block on its way through the layer. Buffers come from the scratch of the worker (owner) or of the call (panels).
+class BlockForward {
+ public:
+  BlockForward(const Pass& pass, const RoutePlan::Block& block)
+      : p_(pass), block_(block), m_(block.rows), expert_(pass.layer.expert(block.expert)) {
+    if (p_.lora) lora_ = p_.lora->expert(block.expert);
+  }
+
+  int gate_up_panels() const { return expert_.gate_up.layout().n_panels; }
+  int down_panels() const { return expert_.down.layout().n_panels; }
+
+  void allocate(Scratch& scratch) {
+    const KernelTable& k = p_.kernels;
+    const WeightFormat f = p_.config.format, lora_format = WeightFormat::bf16;
+    const int hidden = p_.config.hidden, inter = p_.config.inter, m = m_;
+    h_ld_ = gate_up_panels() * kTileColumns;
+    h_ = scratch.take<bf16>(static_cast<std::size_t>(m) * static_cast<std::size_t>(h_ld_));
+    operand_ = scratch.take<std::byte>(std::max(k.operand_bytes(f, m, hidden), k.operand_bytes(f, m, inter)));
+    if (int8()) {
+      h8_ld_ = expert_.down.layout().k_padded();
+      h8_ = scratch.take<std::int8_t>(static_cast<std::size_t>(m) * static_cast<std::size_t>(h8_ld_));
+      h_scale_ = scratch.take<float>(static_cast<std::size_t>(m));
+    }
+    if (!p_.lora) return;
+    const int rank = p_.lora->rank;
+    lora_operand_ = scratch.take<std::byte>(std::max(k.operand_bytes(lora_format, m, hidden), k.operand_bytes(lora_format, m, inter)));
+    u_operand_ = scratch.take<std::byte>(k.operand_bytes(lora_format, m, 2 * rank));
+    u_ = scratch.take<bf16>(static_cast<std::size_t>(m) * static_cast<std::size_t>(round_up(2 * rank, kPanelColumns)));
+  }
+
+  // X rows -> operand; U = scaling * X A^T.
+  void begin(Scratch& scratch) {
+    const RowSource rows{p_.x.data, p_.x.ld, p_.plan.token.data() + block_.begin};
+    if (int8())
+      p_.kernels.pack_operand(WeightFormat::int8, {p_.x8, p_.x8_ld, rows.index}, p_.x_scale, m_, p_.config.hidden, operand_);
+    else
+      p_.kernels.pack_operand(p_.config.format, rows, nullptr, m_, p_.config.hidden, operand_);
+    if (p_.lora) lora_activations(scratch, rows, p_.config.hidden, lora_.a_gate_up, 2 * p_.lora->rank, p_.cache ? p_.cache->u_gate_up.as<bf16>() : nullptr);
+  }
+
+  // Panels [p0, p1) of gate/up -> h.
+  void gate_up(Scratch& scratch, int p0, int p1) {
+    float* c = c_blocks(scratch, p1 - p0);
+    p_.kernels.forward(operand_, m_, expert_.gate_up, p0, p1, c, false);
+    if (p_.lora) p_.kernels.forward(u_operand_, m_, lora_.b_gate_up, p0, p1, c, true);
+    const std::ptrdiff_t ld = static_cast<std::ptrdiff_t>(gate_up_panels()) * kPanelColumns;
+    bf16* keep = p_.cache ? p_.cache->gate_up.as<bf16>() + block_.begin * ld + p0 * kPanelColumns : nullptr;
+    p_.kernels.swiglu(c, m_, p1 - p0, h_ + p0 * kTileColumns, h_ld_, keep, ld);
+  }
+
+  // h -> operand; U = scaling * h A^T.
+  void middle(Scratch& scratch) {
+    const RowSource rows{h_, h_ld_, nullptr};
+    if (int8()) {
+      p_.kernels.quantize_rows(rows, m_, p_.config.inter, h8_, h8_ld_, h_scale_);
+      p_.kernels.pack_operand(WeightFormat::int8, {h8_, h8_ld_, nullptr}, h_scale_, m_, p_.config.inter, operand_);
+    } else {
+      p_.kernels.pack_operand(p_.config.format, rows, nullptr, m_, p_.config.inter, operand_);
+    }
+    if (p_.lora) lora_activations(scratch, rows, p_.config.inter, lora_.a_down, p_.lora->rank, p_.cache ? p_.cache->u_down.as<bf16>() : nullptr);
+  }
+
+  // Panels [p0, p1) of down -> rows.
+  void down(Scratch& scratch, int p0, int p1) {
+    float* c = c_blocks(scratch, p1 - p0);
+    p_.kernels.forward(operand_, m_, expert_.down, p0, p1, c, false);
+    if (p_.lora) p_.kernels.forward(u_operand_, m_, lora_.b_down, p0, p1, c, true);
+    p_.kernels.c_to_rows(c, m_, p1 - p0, p_.rows + block_.begin * p_.rows_ld + p0 * kPanelColumns, p_.rows_ld);
+  }
+
+  void whole(Scratch& scratch) {
+    begin(scratch);
+    for (int p = 0; p < gate_up_panels(); p += kGroupPanels) gate_up(scratch, p, std::min(p + kGroupPanels, gate_up_panels()));
+    middle(scratch);
+    for (int p = 0; p < down_panels(); p += kGroupPanels) down(scratch, p, std::min(p + kGroupPanels, down_panels()));
+  }
+
+ private:
+  bool int8() const { return p_.config.format == WeightFormat::int8; }
+
+  float* c_blocks(Scratch& scratch, int n) {
+    // One C area serves every call of a task; the worker's scratch is reset between tasks.
+    if (!c_ || c_from_ != &scratch || c_count_ < n) {
+      c_ = scratch.take<float>(c_block_floats(m_) * static_cast<std::size_t>(n));
+      c_from_ = &scratch;
+      c_count_ = n;
+    }
+    return c_;
+  }
+
+  // u_operand_ = operand of scaling * X A^T (rounded to bf16; `used` columns), which the cache also keeps.
+  void lora_activations(Scratch& scratch, RowSource rows, int k, const PackedMatrix& a, int used, bf16* keep) {
+    const int panels = a.layout().n_panels, columns = panels * kPanelColumns;
+    p_.kernels.pack_operand(WeightFormat::bf16, rows, nullptr, m_, k, lora_operand_);
+    float* c = c_blocks(scratch, panels);
+    p_.kernels.forward(lora_operand_, m_, a, 0, panels, c, false);
+    bf16* u = keep ? keep + static_cast<std::ptrdiff_t>(block_.begin) * columns : u_;
+    p_.kernels.c_to_bf16(c, m_, panels, p_.lora->scaling, nullptr, u, columns);
+    p_.kernels.pack_operand(WeightFormat::bf16, {u, columns, nullptr}, nullptr, m_, used, u_operand_);
+  }
+
+  const Pass& p_;
+  const RoutePlan::Block block_;
+  const int m_;
+  const Expert expert_;
+  LoraExpert lora_;
+  bf16 *h_ = nullptr, *u_ = nullptr;
+  std::ptrdiff_t h_ld_ = 0, h8_ld_ = 0;
+  std::int8_t* h8_ = nullptr;
+  float *h_scale_ = nullptr, *c_ = nullptr;
+  const Scratch* c_from_ = nullptr;
+  int c_count_ = 0;
+  std::byte *operand_ = nullptr, *lora_operand_ = nullptr, *u_operand_ = nullptr;
+};
+
+void run_owner(ThreadPool::Session& session, const Pass& pass) {
+  session.parallel_for(static_cast<int>(pass.plan.blocks.size()), [&](int i, int worker) {
+    Scratch& scratch = session.scratch(worker);
+    scratch.reset();
+    BlockForward block(pass, pass.plan.blocks[static_cast<std::size_t>(i)]);
+    block.allocate(scratch);
+    block.whole(scratch);
+  });
+}
+
+void run_panels(ThreadPool::Session& session, const Pass& pass) {
+  std::vector<BlockForward> blocks;
+  for (const auto& b : pass.plan.blocks) blocks.emplace_back(pass, b).allocate(session.shared());
+  if (blocks.empty()) return;
+  const int n = static_cast<int>(blocks.size());
+  // stage(block copy, scratch, unit): a copy, because workers use one block at once and each has C of its own.
+  auto each = [&](int units, auto stage) {
+    session.parallel_for(n * units, [&](int i, int worker) {
+      Scratch& scratch = session.scratch(worker);
+      scratch.reset();
+      BlockForward block = blocks[static_cast<std::size_t>(i / units)];
+      stage(block, scratch, i % units);
+    });
+  };
+  auto each_panel = [&](int panels, auto stage) {
+    const int group = std::clamp(ceil_div(panels * n, 4 * session.threads()), 1, kGroupPanels);
+    each(ceil_div(panels, group), [&](BlockForward& block, Scratch& scratch, int unit) {
+      stage(block, scratch, unit * group, std::min((unit + 1) * group, panels));
+    });
+  };
+  each(1, [](BlockForward& b, Scratch& s, int) { b.begin(s); });
+  each_panel(blocks[0].gate_up_panels(), [](BlockForward& b, Scratch& s, int p0, int p1) { b.gate_up(s, p0, p1); });
+  each(1, [](BlockForward& b, Scratch& s, int) { b.middle(s); });
+  each_panel(blocks[0].down_panels(), [](BlockForward& b, Scratch& s, int p0, int p1) { b.down(s, p0, p1); });
+}
+
+// int8 tokens, each quantised once however many experts read it.
+void quantize_tokens(ThreadPool::Session& session, Pass& pass) {
+  const int n = pass.plan.n_tokens, hidden = pass.config.hidden;
+  pass.x8_ld = round_up(hidden, Int8Format::k_step);
+  auto* x8 = session.shared().take<std::int8_t>(static_cast<std::size_t>(n) * static_cast<std::size_t>(pass.x8_ld));
+  auto* scale = session.shared().take<float>(static_cast<std::size_t>(n));
+  constexpr int kUnit = 16;
+  session.parallel_for(ceil_div(n, kUnit), [&](int unit, int) {
+    const int t = unit * kUnit, count = std::min(kUnit, n - t);
+    pass.kernels.quantize_rows({pass.x.data + t * pass.x.ld, pass.x.ld, nullptr}, count, hidden, x8 + t * pass.x8_ld, pass.x8_ld, scale + t);
+  });
+  pass.x8 = x8;
+  pass.x_scale = scale;
+}
+
+void combine(ThreadPool::Session& session, const Pass& pass, bf16* out) {
+  const RoutePlan& plan = pass.plan;
+  constexpr int kUnit = 16;
+  session.parallel_for(ceil_div(plan.n_tokens, kUnit), [&](int unit, int worker) {
+    Scratch& scratch = session.scratch(worker);
+    scratch.reset();
+    float* sum = scratch.take<float>(static_cast<std::size_t>(pass.rows_ld));
+    for (int t = unit * kUnit; t < std::min((unit + 1) * kUnit, plan.n_tokens); ++t) {
+      const std::ptrdiff_t slot = static_cast<std::ptrdiff_t>(t) * plan.top_k;
+      pass.kernels.combine(pass.rows, pass.rows_ld, plan.row_of.data() + slot, plan.slot_weight.data() + slot, plan.top_k,
+                           static_cast<int>(pass.rows_ld), sum);
+      pass.kernels.round_row(sum, pass.config.hidden, out + static_cast<std::ptrdiff_t>(t) * pass.config.hidden);
+    }
+  });
+}
+
+void run_pass(const MoeLayer& layer, const RoutePlan& plan, Tokens x, const LoraAdapter* lora, ForwardCache::Chunk* cache, bf16* out) {
+  ThreadPool::Session session(layer.pool(), too_small_to_share(plan.rows(), layer.config()));
+  const std::ptrdiff_t rows_ld = round_up(layer.config().hidden, kPanelColumns);
+  Pass pass{layer, layer.kernels(), layer.config(), plan, lora, x, nullptr, nullptr, 0, cache, nullptr, rows_ld};
+  pass.rows = session.shared().take<float>(static_cast<std::size_t>(plan.rows()) * static_cast<std::size_t>(rows_ld));
+  if (layer.config().format == WeightFormat::int8) quantize_tokens(session, pass);
+  if (owner_pays(static_cast<int>(plan.blocks.size()), plan.most_rows(), plan.rows(), session.threads()))
+    run_owner(session, pass);
+  else
+    run_panels(session, pass);
+  combine(session, pass, out);
+}
+
+AlignedBuffer bf16_rows(int rows, int columns) {
+  return AlignedBuffer(checked_mul(checked_mul(static_cast<std::size_t>(rows), static_cast<std::size_t>(columns)), sizeof(bf16)));
+}
+
+}  // namespace
+
+void MoeLayer::forward(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora) const {
+  check_ready("forward", lora);
+  routing.check(config_);
+  const int step = tokens_per_pass();
+  for (int t = 0; t < routing.n_tokens; t += step) {
+    const RoutePlan plan(config_, routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), kernels_.block_rows);
+    run_pass(*this, plan, {hidden.data + t * hidden.ld, hidden.ld}, lora, nullptr, out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
+  }
+}
+
+ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora) const {
+  check_ready("forward_train", lora);
+  routing.check(config_);
+  ForwardCache cache;
+  cache.layer = this;
+  cache.n_tokens = routing.n_tokens;
+  cache.with_lora = lora != nullptr;
+  cache.lora_version = lora ? lora->version() : 0;
+  cache.x = bf16_rows(routing.n_tokens, config_.hidden);
+  for (int t = 0; t < routing.n_tokens; ++t)
+    std::memcpy(cache.x.as<bf16>() + static_cast<std::ptrdiff_t>(t) * config_.hidden, hidden.data + t * hidden.ld,
+                sizeof(bf16) * static_cast<std::size_t>(config_.hidden));
+  const int step = tokens_per_pass();
+  for (int t = 0; t < routing.n_tokens; t += step) {
+    RoutePlan plan(config_, routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), kernels_.block_rows);
+    const int rows = plan.rows(), rank = lora ? lora->rank : 0;
+    cache.chunks.push_back({t, std::move(plan), bf16_rows(rows, gate_up_.n_panels * kPanelColumns),
+                            bf16_rows(rows, round_up(2 * rank, kPanelColumns)), bf16_rows(rows, round_up(rank, kPanelColumns))});
+    ForwardCache::Chunk& chunk = cache.chunks.back();
+    run_pass(*this, chunk.plan, {hidden.data + t * hidden.ld, hidden.ld}, lora, &chunk, out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
+  }
+  return cache;
+}
+
+}  // namespace ktmoe

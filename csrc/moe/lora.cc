@@ -1,0 +1,88 @@
+#include "moe/lora.h"
+
+namespace ktmoe {
+
+LoraAdapter::LoraAdapter(int n_experts, int hidden, int inter, int rank, float scaling)
+    : n_experts(n_experts), hidden(hidden), inter(inter), rank(rank), scaling(scaling) {
+  require(rank >= 1 && rank <= 4096, ErrorKind::value, "[LoraAdapter] rank: got ", rank, ", expected 1 to 4096");
+  require(n_experts >= 1 && hidden >= 1 && inter >= 1, ErrorKind::value, "[LoraAdapter] shape: got n_experts ", n_experts, ", hidden ",
+          hidden, ", inter ", inter, ", expected positive numbers");
+  const auto f = WeightFormat::bf16;
+  layouts_ = {PackedLayout::plain(f, 2 * rank, hidden), PackedLayout::paired(f, inter, 2 * rank), PackedLayout::plain(f, rank, inter),
+              PackedLayout::plain(f, hidden, rank)};
+  for (const auto& l : layouts_) expert_bytes_ = checked_add(expert_bytes_, l.bytes);
+  data_ = AlignedBuffer(checked_mul(expert_bytes_, static_cast<std::size_t>(n_experts)));
+}
+
+std::array<int, 2> LoraAdapter::shape(LoraTensor t) const {
+  switch (t) {
+    case kGateA:
+    case kUpA:
+      return {rank, hidden};
+    case kGateB:
+    case kUpB:
+      return {inter, rank};
+    case kDownA:
+      return {rank, inter};
+    case kDownB:
+      return {hidden, rank};
+  }
+  return {0, 0};
+}
+
+LoraExpert LoraAdapter::expert(int e) const {
+  const std::byte* at = data_.data() + expert_bytes_ * static_cast<std::size_t>(e);
+  PackedMatrix m[4];
+  for (std::size_t i = 0; i < 4; at += layouts_[i].bytes, ++i) m[i] = PackedMatrix(layouts_[i], at);
+  return {m[0], m[1], m[2], m[3]};
+}
+
+void LoraAdapter::update(ThreadPool& pool, const std::array<StridedTensor, 6>& tensors) {
+  const KernelTable& kernels = kernels_for(active_isa());
+  ThreadPool::Session session(pool);
+  session.parallel_for(n_experts, [&](int e, int worker) {
+    Scratch& scratch = session.scratch(worker);
+    scratch.reset();
+    pack_expert(kernels, scratch, e, tensors);
+  });
+  ++version_;
+}
+
+void LoraAdapter::pack_expert(const KernelTable& kernels, Scratch& scratch, int e, const std::array<StridedTensor, 6>& tensors) {
+  std::byte* at = data_.data() + expert_bytes_ * static_cast<std::size_t>(e);
+  // Each matrix is first made dense: `columns` wide, `rows` tall, zero where nothing is copied.
+  auto dense = [&](int rows, int columns) {
+    bf16* d = scratch.take<bf16>(static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns));
+    std::memset(d, 0, sizeof(bf16) * static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns));
+    return d;
+  };
+  auto copy = [&](LoraTensor t, bf16* dst, int ld) {
+    const auto [rows, columns] = shape(t);
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) dst[static_cast<std::ptrdiff_t>(i) * ld + j] = to_bf16(tensors[t].at(e, i, j));
+  };
+  auto pack = [&](const PackedLayout& layout, int ld, auto rows) {
+    pack_matrix(kernels, layout, 0, layout.n_panels, ld, rows, at);
+    at += layout.bytes;
+  };
+
+  bf16* a = dense(2 * rank, hidden);
+  copy(kGateA, a, hidden);
+  copy(kUpA, a + static_cast<std::ptrdiff_t>(rank) * hidden, hidden);
+  pack(layouts_[0], hidden, PlainRows{a, hidden, 2 * rank});
+
+  bf16 *gate = dense(inter, 2 * rank), *up = dense(inter, 2 * rank);
+  copy(kGateB, gate, 2 * rank);
+  copy(kUpB, up + rank, 2 * rank);
+  pack(layouts_[1], 2 * rank, PairedRows{gate, up, 2 * rank, inter});
+
+  bf16* down_a = dense(rank, inter);
+  copy(kDownA, down_a, inter);
+  pack(layouts_[2], inter, PlainRows{down_a, inter, rank});
+
+  bf16* down_b = dense(hidden, rank);
+  copy(kDownB, down_b, rank);
+  pack(layouts_[3], rank, PlainRows{down_b, rank, hidden});
+}
+
+}  // namespace ktmoe

@@ -1,0 +1,77 @@
+// ThreadPool: the workers of one engine.
+//
+// The caller takes part as worker 0 and never waits for a worker that has not started: whoever arrives first takes the next task.
+// Workers look for work for a bounded time after a job and then sleep, so an idle engine uses no CPU.
+// Calls from several threads are served in arrival order, one Session at a time.
+// fork(): the parent's running call is waited for; the child forgets the threads (they do not exist there) and starts its own on
+// first use. Nothing joins at process exit: parked threads end with the process.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "runtime/scratch.h"
+
+namespace ktmoe {
+
+struct SubPool {
+  int threads;
+  int node;  // NUMA node; placement is decided by the operating system until the engine binds memory
+};
+
+class ThreadPool {
+  struct State;
+
+ public:
+  explicit ThreadPool(std::vector<SubPool> subpools);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return threads_; }
+  const std::vector<SubPool>& subpools() const { return subpools_; }
+  bool started() const { return state_.load(std::memory_order_acquire) != nullptr; }
+
+  // The pool for the duration of one call.
+  class Session {
+   public:
+    // serial: the work is too small to wake anybody; the caller does all of it.
+    explicit Session(ThreadPool& pool, bool serial = false);
+    ~Session();
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+
+    int threads() const { return serial_ ? 1 : pool_.threads(); }
+    // f(task, worker) for task in [0, n), in any order, on any worker. The first exception is rethrown after all workers have stopped.
+    template <class F>
+    void parallel_for(int n, F&& f) {
+      using Fn = std::remove_reference_t<F>;
+      if (serial_ || n <= 1) {
+        for (int i = 0; i < n; ++i) f(i, 0);
+        return;
+      }
+      run(n, [](void* arg, int task, int worker) { (*static_cast<Fn*>(arg))(task, worker); }, &f);
+    }
+    Scratch& scratch(int worker);  // of one worker
+    Scratch& shared();             // of the call
+    Scratch& stage();              // of the call, for what is taken and reset within it
+
+   private:
+    friend class ThreadPool;
+    void run(int n, void (*fn)(void*, int, int), void* arg);
+    ThreadPool& pool_;
+    State& state_;
+    const bool serial_;
+  };
+
+ private:
+  friend struct ForkHandlers;
+  State& state();  // starts the threads if they do not exist (yet, or any more after fork)
+
+  const std::vector<SubPool> subpools_;
+  int threads_ = 0;
+  std::atomic<State*> state_{nullptr};
+};
+
+}  // namespace ktmoe

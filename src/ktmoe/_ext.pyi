@@ -1,0 +1,149 @@
+"""The C++ engine. Typed nd-arrays in (anything that speaks DLPack, or a DLPack capsule); nothing here knows torch.
+
+Dimensions: n_tokens, hidden, inter, n_experts, top_k, rank. "bf16" below is the DLPack type (kDLBfloat, 16 bits).
+Every function checks dtype, rank, shape, device and strides before any work; errors are TypeError (dtype, device),
+ValueError (shape, value), RuntimeError (state) or MemoryError, with one message style: ``[function] what: got X, expected Y``.
+The GIL is released during load, forward and backward.
+"""
+
+from typing import Any
+
+Array = Any
+"""An object with ``__dlpack__``, or a capsule named "dltensor"."""
+
+# --- what this machine can do -------------------------------------------------------------------------------------
+def cpu_report() -> dict[str, Any]:
+    """Keys: model (str), features (dict name -> bool), amx_permission (str: "granted", "denied: ...", "no AMX"),
+    isa_levels (list of dict: name, supported (bool), why (str)), affinity_cpus (int)."""
+
+def isa_levels() -> list[str]:
+    """The ISA levels that this host can run, best first; always ends with "portable"."""
+
+def test_isa_levels() -> list[str]:
+    """`isa_levels()` and the levels that exist for tests only ("emulated-amx": the AMX algorithm on software tiles)."""
+
+def active_isa() -> str:
+    """Best level, or the one that the environment variable KTMOE_ISA names. RuntimeError if unknown or above the host."""
+
+def kernel_name(op: str, format: str, isa: str) -> str:
+    """The kernel id that a level uses, e.g. ``forward/int8/amx`` -> "forward/int8/amx"; op is "decode", "forward" or "backward"."""
+
+# --- threads ------------------------------------------------------------------------------------------------------
+class ThreadPool:
+    """Workers of one engine. The calling thread is worker 0. Calls from several threads are served in arrival order."""
+
+    def __init__(self, subpool_threads: list[int], subpool_nodes: list[int]) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def started(self) -> bool:
+        """False before the first use, and again in a forked child until it uses the pool."""
+
+class Ticket:
+    """One submitted task."""
+
+    def wait(self) -> None:
+        """Blocks until the task has run; raises what the task raised (each time it is asked)."""
+    @property
+    def done(self) -> bool: ...
+
+class TaskQueue:
+    """One FIFO of submitted forwards, run by one thread that starts on the first submit and sleeps when idle."""
+
+    def __init__(self) -> None: ...
+    def submit_forward(
+        self, layer: "MoeLayer", hidden: Array, ids: Array, weights: Array, out: Array, lora: "LoraAdapter | None" = None
+    ) -> Ticket:
+        """Copies hidden, ids and weights before it returns; `out` is kept alive and written by the task."""
+    def drain(self) -> None:
+        """Waits until every submitted task has run (errors stay with their tickets)."""
+    def close(self, timeout_s: float) -> None:
+        """Drains for at most timeout_s; later submits are a RuntimeError."""
+
+# --- one layer ----------------------------------------------------------------------------------------------------
+class LoraAdapter:
+    """The packed mirror of the six LoRA matrices of one layer."""
+
+    def __init__(self, n_experts: int, hidden: int, inter: int, rank: int, scaling: float) -> None: ...
+    def update(
+        self,
+        pool: ThreadPool,
+        gate_a: Array,  # [n_experts, rank, hidden]   bf16 or fp32, any strides
+        gate_b: Array,  # [n_experts, inter, rank]
+        up_a: Array,  # [n_experts, rank, hidden]
+        up_b: Array,  # [n_experts, inter, rank]
+        down_a: Array,  # [n_experts, rank, inter]
+        down_b: Array,  # [n_experts, hidden, rank]
+    ) -> None:
+        """Copies (rounds to bf16) the six tensors. Bumps `version`."""
+    rank: int
+    scaling: float
+    @property
+    def version(self) -> int:
+        """0 before the first update."""
+
+class ForwardCache:
+    """What one backward needs. Owned by the caller; freed with the object."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def n_tokens(self) -> int: ...
+
+class MoeLayer:
+    """The routed experts of one layer."""
+
+    def __init__(
+        self,
+        pool: ThreadPool,
+        n_experts: int,
+        top_k: int,
+        hidden: int,
+        inter: int,
+        format: str,  # "bf16" | "int8"
+        isa: str = "",  # "" = active_isa()
+        chunk_tokens: int = 0,  # 0 = engine's own bound on scratch
+        on_gpu: Array | None = None,  # bool or uint8 [n_experts]: these get no memory here and are skipped
+    ) -> None: ...
+    def load_expert(self, expert: int, gate: Array, up: Array, down: Array) -> None:
+        """gate, up [inter, hidden], down [hidden, inter], bf16, C-contiguous. Packs (quantises) with all threads.
+        A GPU expert is a ValueError. Loading an expert twice replaces it."""
+    @property
+    def loaded(self) -> bool:
+        """True when every CPU expert has been loaded."""
+    def unload(self) -> None:
+        """Drops all packed weights."""
+    @property
+    def packed_bytes(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    def dequantize_expert(self, expert: int, gate: Array, up: Array, down: Array) -> None:
+        """Writes the weights that the kernels use into fp32 arrays [inter, hidden], [inter, hidden], [hidden, inter]."""
+    def forward(
+        self,
+        hidden: Array,  # [n_tokens, hidden] bf16, last stride 1
+        ids: Array,  # [n_tokens, top_k] int32 | int64; -1 and n_experts mean "not routed here"
+        weights: Array,  # [n_tokens, top_k] fp32 | bf16
+        out: Array,  # [n_tokens, hidden] bf16, C-contiguous, not overlapping hidden
+        lora: LoraAdapter | None = None,
+    ) -> None: ...
+    def forward_train(
+        self, hidden: Array, ids: Array, weights: Array, out: Array, lora: LoraAdapter | None = None
+    ) -> ForwardCache:
+        """As `forward`, bitwise the same `out`, and keeps what `backward` needs (own copies)."""
+    def backward(
+        self,
+        cache: ForwardCache,
+        grad_out: Array,  # [n_tokens, hidden] bf16, last stride 1
+        lora: LoraAdapter | None,
+        grad_in: Array | None,  # out: [n_tokens, hidden] bf16 or fp32
+        grad_weights: Array | None,  # out: [n_tokens, top_k] fp32
+        lora_grads: list[Array] | None,  # out: six fp32 C-contiguous arrays of the shapes in LoraAdapter.update
+    ) -> None:
+        """Writes (overwrites) every output given. A cache may be used more than once.
+        RuntimeError "LoRA weights changed ..." if `lora` was updated since the forward."""
+
+# --- for tests: see csrc/bindings/bind_testing.cc -----------------------------------------------------------------
+testing: Any
