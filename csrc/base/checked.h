@@ -19,8 +19,14 @@ inline std::size_t checked_add(std::size_t a, std::size_t b) {
   return r;
 }
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
-inline std::size_t round_up_bytes(std::size_t a, std::size_t b) { return checked_add(a, b - 1) / b * b; }
+constexpr int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
+constexpr int round_up(int a, int b) {
+  return ceil_div(a, b) * b;
+}
+inline std::size_t round_up_bytes(std::size_t a, std::size_t b) {
+  return checked_add(a, b - 1) / b * b;
+}
 
 }  // namespace ktmoe

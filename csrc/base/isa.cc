@@ -70,7 +70,9 @@ Probe probe() {
   return p;
 }
 #else
-Probe probe() { return {{"not x86-64", {}, "no AMX"}}; }
+Probe probe() {
+  return {{"not x86-64", {}, "no AMX"}};
+}
 #endif
 
 const Probe& host() {
@@ -108,7 +110,9 @@ bool is_test_level(Isa isa) {
 
 }  // namespace
 
-const CpuReport& cpu_report() { return host().report; }
+const CpuReport& cpu_report() {
+  return host().report;
+}
 
 std::string_view isa_name(Isa isa) {
   switch (isa) {
@@ -130,7 +134,9 @@ std::string isa_missing(Isa isa) {
   return missing;
 }
 
-bool isa_supported(Isa isa) { return isa_missing(isa).empty(); }
+bool isa_supported(Isa isa) {
+  return isa_missing(isa).empty();
+}
 
 std::vector<Isa> isa_levels(bool with_test_levels) {
   std::vector<Isa> levels;

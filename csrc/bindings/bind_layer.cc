@@ -14,7 +14,8 @@ ForwardArgs forward_args(const char* function, const MoeLayer& layer, const InAr
   x.dtype({Dtype::bf16}).shape({-1, c.hidden}).rows_contiguous();
   i.dtype({Dtype::int32, Dtype::int64}).shape({x.extent(0), c.top_k}).contiguous();
   w.dtype({Dtype::fp32, Dtype::bf16}).shape({x.extent(0), c.top_k}).contiguous();
-  require(x.extent(0) * c.top_k < (std::int64_t{1} << 31), ErrorKind::value, x.where(), ": got ", x.extent(0), " tokens, expected fewer than 2^31 / top_k");
+  require(x.extent(0) * c.top_k < (std::int64_t{1} << 31), ErrorKind::value, x.where(), ": got ", x.extent(0),
+          " tokens, expected fewer than 2^31 / top_k");
   ForwardArgs args{{x.data<bf16>(), x.stride(0)}, {static_cast<int>(x.extent(0)), nullptr, nullptr, nullptr, nullptr}};
   if (i.is(Dtype::int32)) args.routing.ids32 = i.data<std::int32_t>();
   if (i.is(Dtype::int64)) args.routing.ids64 = i.data<std::int64_t>();
@@ -30,7 +31,8 @@ bf16* forward_out(const char* function, const MoeLayer& layer, const ForwardArgs
   bf16* dst = o.data<bf16>();
   if (n > 0) {
     const bf16 *first = args.hidden.data, *last = first + (n - 1) * args.hidden.ld + hidden;
-    require(dst + static_cast<std::ptrdiff_t>(n) * hidden <= first || dst >= last, ErrorKind::value, o.where(), ": got memory that overlaps hidden, expected its own");
+    require(dst + static_cast<std::ptrdiff_t>(n) * hidden <= first || dst >= last, ErrorKind::value, o.where(),
+            ": got memory that overlaps hidden, expected its own");
   }
   return dst;
 }
@@ -68,7 +70,8 @@ void dequantize_expert(const MoeLayer& layer, int expert, const OutArray& gate, 
   layer.dequantize(expert, g.data<float>(), u.data<float>(), d.data<float>());
 }
 
-void forward(const MoeLayer& layer, const InArray& hidden, const InArray& ids, const InArray& weights, const OutArray& out, const LoraAdapter* lora) {
+void forward(const MoeLayer& layer, const InArray& hidden, const InArray& ids, const InArray& weights, const OutArray& out,
+             const LoraAdapter* lora) {
   const ForwardArgs args = forward_args("forward", layer, hidden, ids, weights);
   bf16* dst = forward_out("forward", layer, args, out);
   nb::gil_scoped_release nogil;
@@ -112,8 +115,8 @@ void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& g
   layer.backward(cache, {dy.data<bf16>(), dy.stride(0)}, lora, grads);
 }
 
-void update_lora(LoraAdapter& lora, ThreadPool& pool, const InArray& gate_a, const InArray& gate_b, const InArray& up_a, const InArray& up_b,
-                 const InArray& down_a, const InArray& down_b) {
+void update_lora(LoraAdapter& lora, ThreadPool& pool, const InArray& gate_a, const InArray& gate_b, const InArray& up_a,
+                 const InArray& up_b, const InArray& down_a, const InArray& down_b) {
   const InArray* arrays[6] = {&gate_a, &gate_b, &up_a, &up_b, &down_a, &down_b};
   static constexpr const char* names[6] = {"gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b"};
   std::array<StridedTensor, 6> tensors;

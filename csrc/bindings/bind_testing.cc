@@ -43,7 +43,8 @@ void pack(const std::string& isa, const std::string& format, const InArray& w, c
   const PackedLayout layout = up ? PackedLayout::paired(k.format, n, columns) : PackedLayout::plain(k.format, n, columns);
   std::byte* out = bytes("dst", dst, layout.bytes);
   if (up)
-    pack_matrix(k.table, layout, 0, layout.n_panels, a.stride(0), PairedRows{a.data<bf16>(), static_cast<const bf16*>(up->data()), a.stride(0), n}, out);
+    pack_matrix(k.table, layout, 0, layout.n_panels, a.stride(0),
+                PairedRows{a.data<bf16>(), static_cast<const bf16*>(up->data()), a.stride(0), n}, out);
   else
     pack_matrix(k.table, layout, 0, layout.n_panels, a.stride(0), PlainRows{a.data<bf16>(), a.stride(0), n}, out);
 }
@@ -51,15 +52,17 @@ void pack(const std::string& isa, const std::string& format, const InArray& w, c
 void forward(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels, int k,
              int p0, int p1, const OutArray& c, bool accumulate) {
   const Kernel kernel(isa, format);
-  kernel.table.forward(bytes("operand", operand, kernel.table.operand_bytes(kernel.format, m, k)), m, packed(kernel.format, weights, n_panels, k), p0,
-                       p1, reinterpret_cast<float*>(bytes("c", c, c_block_floats(m) * static_cast<std::size_t>(p1 - p0) * 4)), accumulate);
+  kernel.table.forward(bytes("operand", operand, kernel.table.operand_bytes(kernel.format, m, k)), m,
+                       packed(kernel.format, weights, n_panels, k), p0, p1,
+                       reinterpret_cast<float*>(bytes("c", c, c_block_floats(m) * static_cast<std::size_t>(p1 - p0) * 4)), accumulate);
 }
 
 void backward(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels, int k,
               int s0, int s1, const OutArray& c, bool accumulate) {
   const Kernel kernel(isa, format);
   const std::size_t blocks = static_cast<std::size_t>(s1 - s0) * static_cast<std::size_t>(format_info(kernel.format).k_step / 32);
-  kernel.table.backward(bytes("operand", operand, kernel.table.grad_operand_bytes(m, n_panels)), m, packed(kernel.format, weights, n_panels, k), s0, s1,
+  kernel.table.backward(bytes("operand", operand, kernel.table.grad_operand_bytes(m, n_panels)), m,
+                        packed(kernel.format, weights, n_panels, k), s0, s1,
                         reinterpret_cast<float*>(bytes("c", c, c_block_floats(m) * blocks * 4)), accumulate);
 }
 
@@ -69,13 +72,17 @@ void init_testing(nb::module_& parent) {
   nb::module_ m = parent.def_submodule("testing");
   m.def("block_rows", [](const std::string& isa) { return kernels_for(isa_from_name(isa)).block_rows; });
   m.def("k_step", [](const std::string& format) { return format_info(format_from_name(format)).k_step; });
-  m.def("packed_bytes", [](const std::string& format, int n_panels, int k) { return PackedLayout::make(format_from_name(format), n_panels, k).bytes; });
-  m.def("panel_stride", [](const std::string& format, int n_panels, int k) { return PackedLayout::make(format_from_name(format), n_panels, k).panel_stride; });
+  m.def("packed_bytes",
+        [](const std::string& format, int n_panels, int k) { return PackedLayout::make(format_from_name(format), n_panels, k).bytes; });
+  m.def("panel_stride", [](const std::string& format, int n_panels, int k) {
+    return PackedLayout::make(format_from_name(format), n_panels, k).panel_stride;
+  });
   m.def("pack", &pack, nb::arg("isa"), nb::arg("format"), nb::arg("w"), nb::arg("up").none(), nb::arg("dst"));
   // Fills out [32 * n_panels, k] fp32 with the weights as the kernels see them, in panel order.
   m.def("unpack", [](const std::string& format, const InArray& weights, int n_panels, int k, const OutArray& out) {
     const PackedMatrix w = packed(format_from_name(format), weights, n_panels, k);
-    auto* dst = reinterpret_cast<float*>(bytes("out", out, static_cast<std::size_t>(n_panels) * kPanelColumns * static_cast<std::size_t>(k) * 4));
+    auto* dst =
+        reinterpret_cast<float*>(bytes("out", out, static_cast<std::size_t>(n_panels) * kPanelColumns * static_cast<std::size_t>(k) * 4));
     for (int c = 0; c < n_panels * kPanelColumns; ++c)
       for (int j = 0; j < k; ++j) *dst++ = w.weight(c / kPanelColumns, c % kPanelColumns, j);
   });
@@ -84,49 +91,58 @@ void init_testing(nb::module_& parent) {
     TensorArg<OutArray> d("testing", "dst", dst);
     const int n = static_cast<int>(r.shape({-1, -1}).extent(0));
     d.dtype({Dtype::int8}).shape({n, -1}).rows_contiguous();
-    kernels_for(isa_from_name(isa)).quantize_rows({r.data<void>(), r.stride(0), nullptr}, n, static_cast<int>(r.extent(1)), d.data<std::int8_t>(),
-                                                  d.stride(0), reinterpret_cast<float*>(bytes("scale", scale, 4 * static_cast<std::size_t>(n))));
+    kernels_for(isa_from_name(isa))
+        .quantize_rows({r.data<void>(), r.stride(0), nullptr}, n, static_cast<int>(r.extent(1)), d.data<std::int8_t>(), d.stride(0),
+                       reinterpret_cast<float*>(bytes("scale", scale, 4 * static_cast<std::size_t>(n))));
   });
   m.def("operand_bytes", [](const std::string& isa, const std::string& format, int n, int k) {
     const Kernel kernel(isa, format);
     return kernel.table.operand_bytes(kernel.format, n, k);
   });
-  m.def("pack_operand",
-        [](const std::string& isa, const std::string& format, const InArray& rows, const std::optional<InArray>& index,
-           const std::optional<InArray>& row_scale, int n, int k, const OutArray& dst) {
-          const Kernel kernel(isa, format);
-          kernel.table.pack_operand(kernel.format, rows_of("rows", rows, index), row_scale ? static_cast<const float*>(row_scale->data()) : nullptr, n, k,
-                                    bytes("dst", dst, kernel.table.operand_bytes(kernel.format, n, k)));
-        },
-        nb::arg("isa"), nb::arg("format"), nb::arg("rows"), nb::arg("index").none(), nb::arg("row_scale").none(), nb::arg("m"), nb::arg("k"), nb::arg("dst"));
+  m.def(
+      "pack_operand",
+      [](const std::string& isa, const std::string& format, const InArray& rows, const std::optional<InArray>& index,
+         const std::optional<InArray>& row_scale, int n, int k, const OutArray& dst) {
+        const Kernel kernel(isa, format);
+        kernel.table.pack_operand(kernel.format, rows_of("rows", rows, index),
+                                  row_scale ? static_cast<const float*>(row_scale->data()) : nullptr, n, k,
+                                  bytes("dst", dst, kernel.table.operand_bytes(kernel.format, n, k)));
+      },
+      nb::arg("isa"), nb::arg("format"), nb::arg("rows"), nb::arg("index").none(), nb::arg("row_scale").none(), nb::arg("m"), nb::arg("k"),
+      nb::arg("dst"));
   m.def("forward", &forward);
-  m.def("grad_operand_bytes", [](const std::string& isa, int n, int n_panels) { return kernels_for(isa_from_name(isa)).grad_operand_bytes(n, n_panels); });
-  m.def("pack_grad_operand",
-        [](const std::string& isa, const InArray& dy, const std::optional<InArray>& index, const std::optional<InArray>& column_scale, int n, int columns,
-           int n_panels, const OutArray& dst) {
-          const KernelTable& k = kernels_for(isa_from_name(isa));
-          k.pack_grad_operand(rows_of("dy", dy, index), column_scale ? static_cast<const float*>(column_scale->data()) : nullptr, n, columns, n_panels,
-                              bytes("dst", dst, k.grad_operand_bytes(n, n_panels)));
-        },
-        nb::arg("isa"), nb::arg("dy"), nb::arg("index").none(), nb::arg("column_scale").none(), nb::arg("m"), nb::arg("columns"), nb::arg("n_panels"),
-        nb::arg("dst"));
+  m.def("grad_operand_bytes",
+        [](const std::string& isa, int n, int n_panels) { return kernels_for(isa_from_name(isa)).grad_operand_bytes(n, n_panels); });
+  m.def(
+      "pack_grad_operand",
+      [](const std::string& isa, const InArray& dy, const std::optional<InArray>& index, const std::optional<InArray>& column_scale, int n,
+         int columns, int n_panels, const OutArray& dst) {
+        const KernelTable& k = kernels_for(isa_from_name(isa));
+        k.pack_grad_operand(rows_of("dy", dy, index), column_scale ? static_cast<const float*>(column_scale->data()) : nullptr, n, columns,
+                            n_panels, bytes("dst", dst, k.grad_operand_bytes(n, n_panels)));
+      },
+      nb::arg("isa"), nb::arg("dy"), nb::arg("index").none(), nb::arg("column_scale").none(), nb::arg("m"), nb::arg("columns"),
+      nb::arg("n_panels"), nb::arg("dst"));
   m.def("backward", &backward);
-  m.def("outer_operand_bytes", [](const std::string& isa, int n, int columns) { return kernels_for(isa_from_name(isa)).outer_operand_bytes(n, columns); });
+  m.def("outer_operand_bytes",
+        [](const std::string& isa, int n, int columns) { return kernels_for(isa_from_name(isa)).outer_operand_bytes(n, columns); });
   m.def("pack_outer_operand", [](const std::string& isa, const InArray& p, int n, int columns, const OutArray& dst) {
     const KernelTable& k = kernels_for(isa_from_name(isa));
     const RowSource rows = rows_of("p", p, std::nullopt);
     k.pack_outer_operand(static_cast<const bf16*>(rows.base), rows.ld, n, columns, bytes("dst", dst, k.outer_operand_bytes(n, columns)));
   });
-  m.def("outer",
-        [](const std::string& isa, const InArray& operand, int n, int columns, const InArray& q, const std::optional<InArray>& index, int tile_stride,
-           int n_tiles, const OutArray& out, bool accumulate) {
-          TensorArg<OutArray> o("testing", "out", out);
-          o.dtype({Dtype::fp32}).shape({columns, 16 * n_tiles});
-          kernels_for(isa_from_name(isa)).outer(bytes("operand", operand, 0), n, columns, rows_of("q", q, index), tile_stride, n_tiles, o.data<float>(),
-                                                o.stride(0), accumulate);
-        },
-        nb::arg("isa"), nb::arg("operand"), nb::arg("m"), nb::arg("p_columns"), nb::arg("q"), nb::arg("index").none(), nb::arg("tile_stride"),
-        nb::arg("n_tiles"), nb::arg("out"), nb::arg("accumulate"));
+  m.def(
+      "outer",
+      [](const std::string& isa, const InArray& operand, int n, int columns, const InArray& q, const std::optional<InArray>& index,
+         int tile_stride, int n_tiles, const OutArray& out, bool accumulate) {
+        TensorArg<OutArray> o("testing", "out", out);
+        o.dtype({Dtype::fp32}).shape({columns, 16 * n_tiles});
+        kernels_for(isa_from_name(isa))
+            .outer(bytes("operand", operand, 0), n, columns, rows_of("q", q, index), tile_stride, n_tiles, o.data<float>(), o.stride(0),
+                   accumulate);
+      },
+      nb::arg("isa"), nb::arg("operand"), nb::arg("m"), nb::arg("p_columns"), nb::arg("q"), nb::arg("index").none(), nb::arg("tile_stride"),
+      nb::arg("n_tiles"), nb::arg("out"), nb::arg("accumulate"));
   m.def("swiglu", [](const std::string& isa, const InArray& c, int n, int n_panels, const OutArray& h, const OutArray& gate_up) {
     const auto* src = reinterpret_cast<const float*>(bytes("c", c, c_block_floats(n) * static_cast<std::size_t>(n_panels) * 4));
     TensorArg<OutArray> a("testing", "h", h), b("testing", "gate_up", gate_up);

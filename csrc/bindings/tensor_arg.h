@@ -78,7 +78,8 @@ class TensorArg {
     return *this;
   }
   TensorArg& rows_contiguous() {
-    require(a_.shape(1) <= 1 || a_.stride(1) == 1, ErrorKind::value, where_, " strides: got ", a_.stride(1), " in the last dimension, expected 1");
+    require(a_.shape(1) <= 1 || a_.stride(1) == 1, ErrorKind::value, where_, " strides: got ", a_.stride(1),
+            " in the last dimension, expected 1");
     return *this;
   }
 
@@ -89,7 +90,8 @@ class TensorArg {
   const std::string& where() const { return where_; }
   template <class T>
   auto* data() const {
-    return static_cast<std::conditional_t<std::is_same_v<Array, InArray>, const T, T>*>(const_cast<void*>(static_cast<const void*>(a_.data())));
+    return static_cast<std::conditional_t<std::is_same_v<Array, InArray>, const T, T>*>(
+        const_cast<void*>(static_cast<const void*>(a_.data())));
   }
 
  private:

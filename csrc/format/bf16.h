@@ -10,8 +10,8 @@ namespace ktmoe {
 
 struct Bf16Format {
   static constexpr const char* name = "bf16";
-  static constexpr int k_step = 32;         // weights of one column in one tile
-  static constexpr int per_word = 2;        // consecutive k in one 32-bit word
+  static constexpr int k_step = 32;   // weights of one column in one tile
+  static constexpr int per_word = 2;  // consecutive k in one 32-bit word
   static constexpr bool has_scales = false;
 
   static float dequantize(const std::byte* word, int i, float /*scale*/) {

@@ -12,8 +12,8 @@ template <class V, class T, class Vector>
 struct TileGemm {
   using F = typename V::F;
   static constexpr int kFewRows = 2;
-  static constexpr int kMaxTiles = 16;    // of 16 rows: block_rows / 16
-  static constexpr int kStepBlock = 16;   // k-steps: 32 rows x 1 KB of A stay in L1 while the panels pass by
+  static constexpr int kMaxTiles = 16;   // of 16 rows: block_rows / 16
+  static constexpr int kStepBlock = 16;  // k-steps: 32 rows x 1 KB of A stay in L1 while the panels pass by
   static constexpr int kPairBytes = 2 * kTileBytes;
 
   struct Session {  // the tile registers exist only within a kernel
@@ -22,7 +22,9 @@ struct TileGemm {
   };
 
   // Operands of `steps` tile columns: blocks of 32 rows, each [step][row tile 0, row tile 1]; a last block of <= 16 rows has one.
-  static std::size_t tiled_bytes(int m, int steps) { return static_cast<std::size_t>(ceil_div(m, 16)) * static_cast<std::size_t>(steps) * kTileBytes; }
+  static std::size_t tiled_bytes(int m, int steps) {
+    return static_cast<std::size_t>(ceil_div(m, 16)) * static_cast<std::size_t>(steps) * kTileBytes;
+  }
   static int block_tiles(int m, int block) { return ceil_div(m, 16) - 2 * block < 2 ? 1 : 2; }
   static std::ptrdiff_t tile_at(int m, int steps, int row_tile, int step) {
     const int block = row_tile / 2, tiles = block_tiles(m, block);
@@ -76,8 +78,8 @@ struct TileGemm {
           const std::byte* b = w.panel(p) + static_cast<std::ptrdiff_t>(s0) * kPairBytes;
           float* at = c + static_cast<std::size_t>(p - p0) * c_block_floats(m) + block * 32 * kPanelColumns;
           if (block_tiles(m, block) == 2)
-            accumulate_tiles<kInt8, 2>(a, kPairBytes, kTileBytes, b, kPairBytes, kTileBytes, n, at, 16 * kPanelColumns, 16,
-                                       kPanelColumns, accumulate || s0 > 0);
+            accumulate_tiles<kInt8, 2>(a, kPairBytes, kTileBytes, b, kPairBytes, kTileBytes, n, at, 16 * kPanelColumns, 16, kPanelColumns,
+                                       accumulate || s0 > 0);
           else
             accumulate_tiles<kInt8, 1>(a, kTileBytes, 0, b, kPairBytes, kTileBytes, n, at, 0, 16, kPanelColumns, accumulate || s0 > 0);
         }

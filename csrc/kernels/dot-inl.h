@@ -1,5 +1,6 @@
 // Dot policies: how 64 bytes of packed weights (16 columns) times one row's activations become 16 accumulators.
 //   words        32-bit activation words that belong to one 64-byte row
+//   streamed     the rows are packed weights in memory (and worth prefetching), not a buffer in L1
 //   weights<w>   the part of the row that word w multiplies
 //   mac          acc + weights * word (the word is broadcast from memory)
 //   pack         the activation words of 64 / 32 consecutive k of one row
@@ -10,6 +11,7 @@ struct Bf16Dot {
   using Acc = typename V::F;
   using Weights = typename V::F;
   static constexpr int words = 2;
+  static constexpr bool streamed = true;
   static Acc zero() { return V::set(0.0f); }
   static Acc load(const float* c) { return V::load(c); }
   static void store(float* c, Acc a) { V::store(c, a); }
@@ -25,6 +27,7 @@ struct Bf16Dot {
 template <class V>
 struct F32Dot : Bf16Dot<V> {
   static constexpr int words = 1;
+  static constexpr bool streamed = false;
   template <int w>
   static typename V::F weights(const std::byte* row) {
     return V::load(reinterpret_cast<const float*>(row));
@@ -37,6 +40,7 @@ struct Int8PairDot {
   using Acc = typename V::I;
   using Weights = typename V::I;
   static constexpr int words = 2;
+  static constexpr bool streamed = true;
   static constexpr bool unsigned_weights = false;
   static Acc zero() { return V::set_i(0); }
   static Acc load(const float* c) { return V::load_i(c); }

@@ -8,7 +8,6 @@ template <class V, class Int8Dot>
 struct VectorGemm {
   using F = typename V::F;
   static constexpr int kMaxBlockRows = 256;
-  static constexpr int kStepBlock = 16;  // k-steps whose tile (16 KB) stays in L1 while the rows pass by
 
   static std::size_t words_per_row(WeightFormat format, int k) {
     const int rows64 = ceil_div(k, format_info(format).k_step) * 16;
@@ -109,13 +108,13 @@ struct VectorGemm {
     const PackedLayout& l = w.layout();
     const std::size_t words = words_per_row(l.format, l.k);
     const int block = m <= V::kRows ? l.k_steps : kStepBlock;
-    for (int s = 0; s < l.k_steps; s += block) {
-      const int steps = l.k_steps - s < block ? l.k_steps - s : block;
-      for (int p = p0; p < p1; ++p)
+    for (int p = p0; p < p1; ++p)
+      for (int s = 0; s < l.k_steps; s += block) {
+        const int steps = l.k_steps - s < block ? l.k_steps - s : block;
         mac_rows<V, Dot>(w.panel(p) + static_cast<std::ptrdiff_t>(s) * 2 * kTileBytes, 2 * kTileBytes, kTileBytes, 2, s, steps,
                          reinterpret_cast<const std::uint32_t*>(operand), words, m,
                          c + static_cast<std::size_t>(p - p0) * c_block_floats(m), kPanelColumns, accumulate || s > 0);
-    }
+      }
   }
 
   // int32 sums -> fp32, in place: (sum * row scale) * column scale.
@@ -154,7 +153,7 @@ struct VectorGemm {
       for (int p = 0; p < n_panels; p += kPanels) {
         const int panels = n_panels - p < kPanels ? n_panels - p : kPanels;
         for (int i = 0; i < 2 * panels; ++i)
-          expand_transposed<kWords>(w.panel(p + i / 2) + (2 * static_cast<std::ptrdiff_t>(s) + i % 2) * kTileBytes,
+          expand_transposed<kWords>(w.panel(p + i / 2) + (2 * static_cast<std::ptrdiff_t>(s) + i % 2) * kTileBytes, s + 1 < s1,
                                     expanded + static_cast<std::size_t>(i) * kWords * kTileBytes);
         mac_rows<V, F32Dot<V>>(expanded, kWords * kTileBytes, kTileBytes, kWords, 2 * p, 2 * panels,
                                reinterpret_cast<const std::uint32_t*>(operand), words, m, planes, 16 * kWords, p > 0);
@@ -168,7 +167,9 @@ struct VectorGemm {
   }
 
   template <int kWords>
-  static void expand_transposed(const std::byte* tile, std::byte* dst) {
+  static void expand_transposed(const std::byte* tile, bool more, std::byte* dst) {
+    if (more)  // the next k-step walks over all panels again, 2 KB further on in each: too far apart for the hardware to foresee
+      for (int j = 0; j < 16; ++j) __builtin_prefetch(tile + 2 * kTileBytes + 64 * j, 0, 2);
     alignas(64) std::byte rows[kTileBytes];
     V::transpose16(tile, 64, rows);
     for (int n = 0; n < 16; ++n) {

@@ -29,7 +29,9 @@ struct RowSource {
   }
 };
 
-constexpr std::size_t c_block_floats(int m) { return static_cast<std::size_t>(round_up(m, 32)) * kPanelColumns; }
+constexpr std::size_t c_block_floats(int m) {
+  return static_cast<std::size_t>(round_up(m, 32)) * kPanelColumns;
+}
 
 struct KernelTable {
   Isa isa;

@@ -5,7 +5,8 @@
 //   c            R rows of NT * 16 accumulators at stride ldc (floats), tile t at column 16 * t
 // Include inside the namespace of a level, after dot-inl.h.
 
-inline constexpr int kPrefetchBytes = 4096;  // ahead in each of the two interleaved streams
+inline constexpr int kStepBlock = 8;  // k-steps whose two tiles (16 KB) stay in L1 while the rows pass by
+inline constexpr int kStepBlockBytes = kStepBlock * 2 * kTileBytes;
 
 template <class V, class Dot, int R, int NT, int word>
 static inline __attribute__((always_inline)) void mac_word(typename Dot::Acc (&acc)[R][NT], const std::byte* row,
@@ -30,9 +31,13 @@ void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_str
   for (int s = 0; s < steps; ++s) {
     for (int j = 0; j < 16; ++j) {
       const std::byte* row = w + 64 * j;
-      if constexpr (R <= 2) {  // few rows: the weights come from DRAM, ask for them ahead of use
+      // Weights come from DRAM the first time: with few rows soon into L1, with more a whole step block ahead into L2.
+      if constexpr (Dot::streamed && R <= 2) {
 #pragma GCC unroll 2
-        for (int t = 0; t < NT; ++t) __builtin_prefetch(row + t * tile_stride + kPrefetchBytes, 0, 3);
+        for (int t = 0; t < NT; ++t) __builtin_prefetch(row + t * tile_stride + 4096, 0, 3);
+      } else if constexpr (Dot::streamed) {
+#pragma GCC unroll 2
+        for (int t = 0; t < NT; ++t) __builtin_prefetch(row + t * tile_stride + kStepBlockBytes, 0, 2);
       }
       mac_word<V, Dot, R, NT, 0>(acc, row, tile_stride, x);
       if constexpr (Dot::words == 2) mac_word<V, Dot, R, NT, 1>(acc, row, tile_stride, x + R);

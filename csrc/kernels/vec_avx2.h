@@ -86,9 +86,7 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
   }
 
-  KTMOE_INLINE I even_s8(I x) {
-    return {_mm256_srai_epi16(_mm256_slli_epi16(x.a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(x.b, 8), 8)};
-  }
+  KTMOE_INLINE I even_s8(I x) { return {_mm256_srai_epi16(_mm256_slli_epi16(x.a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(x.b, 8), 8)}; }
   KTMOE_INLINE I odd_s8(I x) { return {_mm256_srai_epi16(x.a, 8), _mm256_srai_epi16(x.b, 8)}; }
   KTMOE_INLINE I madd(I acc, I x, I y) {
     return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(x.b, y.b))};
@@ -100,8 +98,7 @@ struct Vec {
     __m256 q[4][8];  // all of src before any of dst: they may be the same memory
     for (int bi = 0; bi < 2; ++bi)
       for (int bj = 0; bj < 2; ++bj)
-        for (int i = 0; i < 8; ++i)
-          q[2 * bi + bj][i] = _mm256_loadu_ps(reinterpret_cast<const float*>(s + (8 * bi + i) * stride) + 8 * bj);
+        for (int i = 0; i < 8; ++i) q[2 * bi + bj][i] = _mm256_loadu_ps(reinterpret_cast<const float*>(s + (8 * bi + i) * stride) + 8 * bj);
     for (int bi = 0; bi < 2; ++bi)
       for (int bj = 0; bj < 2; ++bj) transpose8(q[2 * bi + bj], d + 8 * bj * 16 + 8 * bi);
   }

@@ -79,10 +79,12 @@ struct Vec {
     return each_i([&](int) { return x; });
   }
   static I add_i(I a, I b) {
-    return each_i([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) + static_cast<std::uint32_t>(b.v[i])); });
+    return each_i(
+        [&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) + static_cast<std::uint32_t>(b.v[i])); });
   }
   static I sub_i(I a, I b) {
-    return each_i([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) - static_cast<std::uint32_t>(b.v[i])); });
+    return each_i(
+        [&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) - static_cast<std::uint32_t>(b.v[i])); });
   }
   static I and_i(I a, std::int32_t mask) {
     return each_i([&](int i) { return a.v[i] & mask; });

@@ -21,12 +21,12 @@ struct Pass {
   const KernelTable& kernels;
   const MoeConfig& config;
   const ForwardCache::Chunk& chunk;
-  const bf16* x;     // [n_tokens][hidden] of the chunk
-  Tokens grad_out;   // of the chunk
+  const bf16* x;    // [n_tokens][hidden] of the chunk
+  Tokens grad_out;  // of the chunk
   const LoraAdapter* lora;
-  float* rows;       // [plan.rows()][rows_ld]: dX of each row
+  float* rows;  // [plan.rows()][rows_ld]: dX of each row
   std::ptrdiff_t rows_ld;
-  float* dots;       // [plan.rows()]: <h, dH~>
+  float* dots;  // [plan.rows()]: <h, dH~>
   const Gradients& grads;
   bool first_chunk;
 };
@@ -152,7 +152,8 @@ class ExpertBackward {
   // dY -> dH~ -> dG|dU, h, and the router's dot products.
   void through_down() {
     if (scaled() || !p_.lora)
-      k_.pack_grad_operand(dy(), scaled() ? expert_.down.scales() : nullptr, m_, p_.config.hidden, expert_.down.layout().n_panels, dy_operand_);
+      k_.pack_grad_operand(dy(), scaled() ? expert_.down.scales() : nullptr, m_, p_.config.hidden, expert_.down.layout().n_panels,
+                           dy_operand_);
     const int groups = ceil_div(h_columns(), kGroupColumns);
     const std::ptrdiff_t gu_ld = gate_up_columns();
     const bf16* gate_up = p_.chunk.gate_up.as<bf16>() + block_.begin * gu_ld;
@@ -198,7 +199,8 @@ class ExpertBackward {
     units_.each(ceil_div(tiles, kUnit), [&](int u, Scratch&) {
       RowSource part = q;
       part.base = static_cast<const bf16*>(q.base) + static_cast<std::ptrdiff_t>(u) * kUnit * tile_stride;
-      k_.outer(outer_operand_, m_, p_columns, part, tile_stride, std::min(kUnit, tiles - u * kUnit), out + u * kUnit * kTileColumns, ld, !first);
+      k_.outer(outer_operand_, m_, p_columns, part, tile_stride, std::min(kUnit, tiles - u * kUnit), out + u * kUnit * kTileColumns, ld,
+               !first);
     });
   }
 
@@ -237,9 +239,7 @@ class ExpertBackward {
     write_transposed(kUpB, grad_b_up_, h_columns(), r, inter);
     write_transposed(kDownB, grad_b_down_, hidden_ld_, r, hidden);
   }
-  float* gradient(LoraTensor t, int rows, int columns) const {
-    return p_.grads.lora[t] + static_cast<std::ptrdiff_t>(e_) * rows * columns;
-  }
+  float* gradient(LoraTensor t, int rows, int columns) const { return p_.grads.lora[t] + static_cast<std::ptrdiff_t>(e_) * rows * columns; }
   void write_rows(LoraTensor t, const float* src, std::ptrdiff_t ld, int rows, int columns) {
     float* dst = gradient(t, rows, columns);
     for (int i = 0; i < rows; ++i, dst += columns)
@@ -263,8 +263,8 @@ class ExpertBackward {
   std::ptrdiff_t h_ld_ = 0, dgu_ld_ = 0, v_ld_ = 0, hidden_ld_ = 0;
   bf16 *h_ = nullptr, *dgu_ = nullptr, *v_gate_up_ = nullptr, *v_down_ = nullptr, *wv_down_ = nullptr, *wu_down_ = nullptr;
   bf16 *padded_x_ = nullptr, *padded_dy_ = nullptr;
-  float *c_ = nullptr, *dot_parts_ = nullptr, *grad_a_gate_up_ = nullptr, *grad_b_down_ = nullptr, *grad_b_gate_ = nullptr, *grad_b_up_ = nullptr,
-        *grad_a_down_ = nullptr;
+  float *c_ = nullptr, *dot_parts_ = nullptr, *grad_a_gate_up_ = nullptr, *grad_b_down_ = nullptr, *grad_b_gate_ = nullptr,
+        *grad_b_up_ = nullptr, *grad_a_down_ = nullptr;
   std::byte *dy_operand_ = nullptr, *dgu_operand_ = nullptr, *plain_operand_ = nullptr, *v_operand_ = nullptr, *outer_operand_ = nullptr;
 };
 
@@ -335,20 +335,31 @@ void MoeLayer::backward(const ForwardCache& cache, Tokens grad_out, const LoraAd
   require(cache.layer == this, ErrorKind::value, "[backward] cache: got one of another layer, expected one of this layer");
   require(cache.with_lora == (lora != nullptr), ErrorKind::value, "[backward] lora: got ", lora ? "an adapter" : "none",
           ", expected what the forward had (", cache.with_lora ? "an adapter" : "none", ")");
-  require(!lora || lora->version() == cache.lora_version, ErrorKind::runtime, "LoRA weights changed between forward and backward: [backward] ",
-          "the adapter has version ", lora ? lora->version() : 0, ", the forward used ", cache.lora_version);
+  require(!lora || lora->version() == cache.lora_version, ErrorKind::runtime,
+          "LoRA weights changed between forward and backward: [backward] ", "the adapter has version ", lora ? lora->version() : 0,
+          ", the forward used ", cache.lora_version);
   const bool want_lora = lora && grads.lora[0], want_input = grads.input16 || grads.input32;
   const std::ptrdiff_t rows_ld = round_up(config_.hidden, kPanelColumns);
   int total_rows = 0;
   for (const auto& chunk : cache.chunks) total_rows += chunk.plan.rows();
 
   ThreadPool::Session session(*pool_, too_small_to_share(2 * total_rows, config_));
+  require(loaded(), ErrorKind::runtime, "Weights not loaded: [backward] they were unloaded meanwhile");
   if (want_lora) clear_idle_experts(session, config_, *lora, grads, cache.chunks.empty() ? nullptr : &cache.chunks[0].plan);
   for (const auto& chunk : cache.chunks) {
     const std::size_t rows = static_cast<std::size_t>(chunk.plan.rows());
     session.shared().reset();
-    Pass pass{*this, kernels_, config_, chunk, cache.x.as<bf16>() + static_cast<std::ptrdiff_t>(chunk.first_token) * config_.hidden,
-              {grad_out.data + chunk.first_token * grad_out.ld, grad_out.ld}, lora, nullptr, rows_ld, nullptr, grads,
+    Pass pass{*this,
+              kernels_,
+              config_,
+              chunk,
+              cache.x.as<bf16>() + static_cast<std::ptrdiff_t>(chunk.first_token) * config_.hidden,
+              {grad_out.data + chunk.first_token * grad_out.ld, grad_out.ld},
+              lora,
+              nullptr,
+              rows_ld,
+              nullptr,
+              grads,
               &chunk == &cache.chunks[0]};
     if (want_input) pass.rows = session.shared().take<float>(rows * static_cast<std::size_t>(rows_ld));
     pass.dots = session.shared().take<float>(rows);

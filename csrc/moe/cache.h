@@ -15,7 +15,7 @@ struct ForwardCache {
   struct Chunk {
     int first_token;
     RoutePlan plan;
-    AlignedBuffer gate_up;  // bf16 [rows][32 * gate/up panels]
+    AlignedBuffer gate_up;    // bf16 [rows][32 * gate/up panels]
     AlignedBuffer u_gate_up;  // bf16 [rows][2 rank, padded to 32], empty without LoRA
     AlignedBuffer u_down;     // bf16 [rows][rank, padded to 32]
   };

@@ -22,7 +22,7 @@ struct Pass {
   const RoutePlan& plan;
   const LoraAdapter* lora;
   Tokens x;
-  const std::int8_t* x8;   // int8: quantised tokens [n_tokens][k padded] and their scales
+  const std::int8_t* x8;  // int8: quantised tokens [n_tokens][k padded] and their scales
   const float* x_scale;
   std::ptrdiff_t x8_ld;
   ForwardCache::Chunk* cache;  // or null
@@ -67,7 +67,9 @@ class BlockForward {
       p_.kernels.pack_operand(WeightFormat::int8, {p_.x8, p_.x8_ld, rows.index}, p_.x_scale, m_, p_.config.hidden, operand_);
     else
       p_.kernels.pack_operand(p_.config.format, rows, nullptr, m_, p_.config.hidden, operand_);
-    if (p_.lora) lora_activations(scratch, rows, p_.config.hidden, lora_.a_gate_up, 2 * p_.lora->rank, p_.cache ? p_.cache->u_gate_up.as<bf16>() : nullptr);
+    if (p_.lora)
+      lora_activations(scratch, rows, p_.config.hidden, lora_.a_gate_up, 2 * p_.lora->rank,
+                       p_.cache ? p_.cache->u_gate_up.as<bf16>() : nullptr);
   }
 
   // Panels [p0, p1) of gate/up -> h.
@@ -89,7 +91,8 @@ class BlockForward {
     } else {
       p_.kernels.pack_operand(p_.config.format, rows, nullptr, m_, p_.config.inter, operand_);
     }
-    if (p_.lora) lora_activations(scratch, rows, p_.config.inter, lora_.a_down, p_.lora->rank, p_.cache ? p_.cache->u_down.as<bf16>() : nullptr);
+    if (p_.lora)
+      lora_activations(scratch, rows, p_.config.inter, lora_.a_down, p_.lora->rank, p_.cache ? p_.cache->u_down.as<bf16>() : nullptr);
   }
 
   // Panels [p0, p1) of down -> rows.
@@ -190,7 +193,8 @@ void quantize_tokens(ThreadPool::Session& session, Pass& pass) {
   constexpr int kUnit = 16;
   session.parallel_for(ceil_div(n, kUnit), [&](int unit, int) {
     const int t = unit * kUnit, count = std::min(kUnit, n - t);
-    pass.kernels.quantize_rows({pass.x.data + t * pass.x.ld, pass.x.ld, nullptr}, count, hidden, x8 + t * pass.x8_ld, pass.x8_ld, scale + t);
+    pass.kernels.quantize_rows({pass.x.data + t * pass.x.ld, pass.x.ld, nullptr}, count, hidden, x8 + t * pass.x8_ld, pass.x8_ld,
+                               scale + t);
   });
   pass.x8 = x8;
   pass.x_scale = scale;
@@ -214,6 +218,7 @@ void combine(ThreadPool::Session& session, const Pass& pass, bf16* out) {
 
 void run_pass(const MoeLayer& layer, const RoutePlan& plan, Tokens x, const LoraAdapter* lora, ForwardCache::Chunk* cache, bf16* out) {
   ThreadPool::Session session(layer.pool(), too_small_to_share(plan.rows(), layer.config()));
+  require(layer.loaded(), ErrorKind::runtime, "Weights not loaded: [forward] they were unloaded meanwhile");
   const std::ptrdiff_t rows_ld = round_up(layer.config().hidden, kPanelColumns);
   Pass pass{layer, layer.kernels(), layer.config(), plan, lora, x, nullptr, nullptr, 0, cache, nullptr, rows_ld};
   pass.rows = session.shared().take<float>(static_cast<std::size_t>(plan.rows()) * static_cast<std::size_t>(rows_ld));
@@ -260,7 +265,8 @@ ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16
     cache.chunks.push_back({t, std::move(plan), bf16_rows(rows, gate_up_.n_panels * kPanelColumns),
                             bf16_rows(rows, round_up(2 * rank, kPanelColumns)), bf16_rows(rows, round_up(rank, kPanelColumns))});
     ForwardCache::Chunk& chunk = cache.chunks.back();
-    run_pass(*this, chunk.plan, {hidden.data + t * hidden.ld, hidden.ld}, lora, &chunk, out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
+    run_pass(*this, chunk.plan, {hidden.data + t * hidden.ld, hidden.ld}, lora, &chunk,
+             out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
   }
   return cache;
 }

@@ -16,10 +16,15 @@ MoeLayer::MoeLayer(std::shared_ptr<ThreadPool> pool, MoeConfig config)
   int next = 0;
   for (int e = 0; e < config_.n_experts; ++e)
     if (!config_.gpu(e)) slot_[static_cast<std::size_t>(e)] = next++;
-  unload();
+  forget_weights();
 }
 
 void MoeLayer::unload() {
+  ThreadPool::Session session(*pool_);  // not under a running forward
+  forget_weights();
+}
+
+void MoeLayer::forget_weights() {
   data_ = AlignedBuffer();
   has_.assign(static_cast<std::size_t>(config_.n_experts), 0);
   missing_ = static_cast<int>(std::count_if(slot_.begin(), slot_.end(), [](int s) { return s >= 0; }));
@@ -29,7 +34,9 @@ std::size_t MoeLayer::packed_bytes() const {
   return expert_bytes_ * static_cast<std::size_t>(std::count(has_.begin(), has_.end(), std::uint8_t{1}));
 }
 
-std::size_t MoeLayer::expert_offset(int e) const { return expert_bytes_ * static_cast<std::size_t>(slot_[static_cast<std::size_t>(e)]); }
+std::size_t MoeLayer::expert_offset(int e) const {
+  return expert_bytes_ * static_cast<std::size_t>(slot_[static_cast<std::size_t>(e)]);
+}
 
 Expert MoeLayer::expert(int e) const {
   const std::byte* at = data_.data() + expert_offset(e);
@@ -74,7 +81,8 @@ void MoeLayer::dequantize(int e, float* gate, float* up, float* down) const {
 }
 
 void MoeLayer::check_ready(const char* function, const LoraAdapter* lora) const {
-  require(loaded(), ErrorKind::runtime, "Weights not loaded: [", function, "] ", missing_, " of ", config_.n_experts, " experts are missing");
+  require(loaded(), ErrorKind::runtime, "Weights not loaded: [", function, "] ", missing_, " of ", config_.n_experts,
+          " experts are missing");
   if (!lora) return;
   require(lora->version() > 0, ErrorKind::runtime, "LoRA weights not initialized: [", function, "] the adapter was never updated");
   require(lora->n_experts == config_.n_experts && lora->hidden == config_.hidden && lora->inter == config_.inter, ErrorKind::value, "[",
@@ -85,7 +93,8 @@ void MoeLayer::check_ready(const char* function, const LoraAdapter* lora) const 
 // The fp32 rows of a pass (one per token and slot) are its largest buffer; this bounds it.
 int MoeLayer::tokens_per_pass() const {
   constexpr std::size_t kRowBytes = std::size_t{384} << 20;
-  const std::size_t per_token = static_cast<std::size_t>(config_.top_k) * static_cast<std::size_t>(down_.n_panels) * kPanelColumns * sizeof(float);
+  const std::size_t per_token =
+      static_cast<std::size_t>(config_.top_k) * static_cast<std::size_t>(down_.n_panels) * kPanelColumns * sizeof(float);
   const int fits = static_cast<int>(std::clamp<std::size_t>(kRowBytes / per_token, 256, std::size_t{1} << 20));
   return config_.chunk_tokens > 0 ? std::min(config_.chunk_tokens, fits) : fits;
 }

@@ -24,8 +24,8 @@ struct Tokens {  // bf16 [n][hidden], rows at `ld` elements
 struct Gradients {  // every pointer may be null
   bf16* input16;    // [n_tokens][hidden], or
   float* input32;
-  float* weights;                 // [n_tokens][top_k]
-  std::array<float*, 6> lora{};   // [n_experts][...] in the order of LoraTensor; all or none
+  float* weights;                // [n_tokens][top_k]
+  std::array<float*, 6> lora{};  // [n_experts][...] in the order of LoraTensor; all or none
 };
 
 class MoeLayer {
@@ -50,6 +50,7 @@ class MoeLayer {
   void backward(const ForwardCache& cache, Tokens grad_out, const LoraAdapter* lora, const Gradients& grads) const;
 
  private:
+  void forget_weights();
   void check_ready(const char* function, const LoraAdapter* lora) const;
   int tokens_per_pass() const;
   std::size_t expert_offset(int e) const;
@@ -59,8 +60,8 @@ class MoeLayer {
   const KernelTable& kernels_;
   const PackedLayout gate_up_, down_;
   const std::size_t expert_bytes_;
-  std::vector<int> slot_;         // [n_experts] position in `data_`, -1 on the GPU
-  AlignedBuffer data_;            // touched, and so paid for, expert by expert
+  std::vector<int> slot_;          // [n_experts] position in `data_`, -1 on the GPU
+  AlignedBuffer data_;             // touched, and so paid for, expert by expert
   std::vector<std::uint8_t> has_;  // [n_experts]
   int missing_ = 0;
 };

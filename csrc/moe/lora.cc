@@ -58,8 +58,13 @@ void LoraAdapter::pack_expert(const KernelTable& kernels, Scratch& scratch, int 
   };
   auto copy = [&](LoraTensor t, bf16* dst, int ld) {
     const auto [rows, columns] = shape(t);
-    for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < columns; ++j) dst[static_cast<std::ptrdiff_t>(i) * ld + j] = to_bf16(tensors[t].at(e, i, j));
+    const StridedTensor& src = tensors[t];
+    for (int i = 0; i < rows; ++i, dst += ld) {
+      if (src.is_fp32 && src.stride[2] == 1)
+        kernels.round_row(static_cast<const float*>(src.data) + e * src.stride[0] + i * src.stride[1], columns, dst);
+      else
+        for (int j = 0; j < columns; ++j) dst[j] = to_bf16(src.at(e, i, j));
+    }
   };
   auto pack = [&](const PackedLayout& layout, int ld, auto rows) {
     pack_matrix(kernels, layout, 0, layout.n_panels, ld, rows, at);

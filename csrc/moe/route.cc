@@ -13,12 +13,11 @@ Routing Routing::slice(int first, int count, int top_k) const {
 void Routing::check(const MoeConfig& config) const {
   const std::size_t k = static_cast<std::size_t>(config.top_k), n = static_cast<std::size_t>(n_tokens) * k;
   for (std::size_t i = 0; i < n; ++i)
-    require(id(i) >= -1 && id(i) <= config.n_experts, ErrorKind::value, "[forward] expert id at token ", i / k, ", slot ", i % k,
-            ": got ", id(i), ", expected 0 to ", config.n_experts - 1, ", or -1 or ", config.n_experts, " for 'not routed here'");
+    require(id(i) >= -1 && id(i) <= config.n_experts, ErrorKind::value, "[forward] expert id at token ", i / k, ", slot ", i % k, ": got ",
+            id(i), ", expected 0 to ", config.n_experts - 1, ", or -1 or ", config.n_experts, " for 'not routed here'");
 }
 
-RoutePlan::RoutePlan(const MoeConfig& config, const Routing& routing, int block_rows)
-    : n_tokens(routing.n_tokens), top_k(config.top_k) {
+RoutePlan::RoutePlan(const MoeConfig& config, const Routing& routing, int block_rows) : n_tokens(routing.n_tokens), top_k(config.top_k) {
   const std::size_t slots = static_cast<std::size_t>(n_tokens) * static_cast<std::size_t>(top_k);
   std::vector<int> expert(slots), next(static_cast<std::size_t>(config.n_experts) + 1, 0);
   slot_weight.resize(slots);

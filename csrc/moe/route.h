@@ -32,12 +32,12 @@ struct RoutePlan {
   RoutePlan(const MoeConfig& config, const Routing& routing, int block_rows);
 
   int n_tokens, top_k;
-  std::vector<std::int32_t> token;    // [rows]
-  std::vector<float> weight;          // [rows]
-  std::vector<std::int32_t> row_of;   // [n_tokens * top_k], -1: not computed here
-  std::vector<float> slot_weight;     // [n_tokens * top_k]
-  std::vector<Block> blocks;          // in expert order
-  std::vector<int> expert_blocks;     // first block of each active expert, and one past the last
+  std::vector<std::int32_t> token;   // [rows]
+  std::vector<float> weight;         // [rows]
+  std::vector<std::int32_t> row_of;  // [n_tokens * top_k], -1: not computed here
+  std::vector<float> slot_weight;    // [n_tokens * top_k]
+  std::vector<Block> blocks;         // in expert order
+  std::vector<int> expert_blocks;    // first block of each active expert, and one past the last
 
   int rows() const { return static_cast<int>(token.size()); }
   int active_experts() const { return static_cast<int>(expert_blocks.size()) - 1; }

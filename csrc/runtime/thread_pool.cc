@@ -142,7 +142,9 @@ struct ThreadPool::State {
     if (!workers.empty()) {
       phase.store(((number(phase.load(std::memory_order_relaxed)) + 1) << 32) | kOpen, std::memory_order_seq_cst);
       if (sleepers.load(std::memory_order_seq_cst) > 0) {
-        { const std::lock_guard guard(sleep_mutex); }
+        {
+          const std::lock_guard guard(sleep_mutex);
+        }
         wake.notify_all();
       }
     }
@@ -237,10 +239,20 @@ ThreadPool::Session::Session(ThreadPool& pool, bool serial) : pool_(pool), state
   state_.order.lock();
   state_.shared.reset();
 }
-ThreadPool::Session::~Session() { state_.order.unlock(); }
-Scratch& ThreadPool::Session::scratch(int worker) { return state_.scratch[static_cast<std::size_t>(worker)]; }
-Scratch& ThreadPool::Session::shared() { return state_.shared; }
-Scratch& ThreadPool::Session::stage() { return state_.stage; }
-void ThreadPool::Session::run(int n, void (*fn)(void*, int, int), void* arg) { state_.run(n, fn, arg); }
+ThreadPool::Session::~Session() {
+  state_.order.unlock();
+}
+Scratch& ThreadPool::Session::scratch(int worker) {
+  return state_.scratch[static_cast<std::size_t>(worker)];
+}
+Scratch& ThreadPool::Session::shared() {
+  return state_.shared;
+}
+Scratch& ThreadPool::Session::stage() {
+  return state_.stage;
+}
+void ThreadPool::Session::run(int n, void (*fn)(void*, int, int), void* arg) {
+  state_.run(n, fn, arg);
+}
 
 }  // namespace ktmoe

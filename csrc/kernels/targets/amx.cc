@@ -32,5 +32,7 @@ constexpr KernelTable table = make_table<Gemm, VnniVec>(Isa::amx, 256);
 #pragma GCC pop_options
 
 namespace ktmoe {
-const KernelTable& amx_kernels() { return amx::table; }
+const KernelTable& amx_kernels() {
+  return amx::table;
+}
 }  // namespace ktmoe

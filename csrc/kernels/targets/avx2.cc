@@ -27,5 +27,7 @@ constexpr KernelTable table = make_table<VectorGemm<Vec, Int8PairDot<Vec>>, Vec>
 #pragma GCC pop_options
 
 namespace ktmoe {
-const KernelTable& avx2_kernels() { return avx2::table; }
+const KernelTable& avx2_kernels() {
+  return avx2::table;
+}
 }  // namespace ktmoe

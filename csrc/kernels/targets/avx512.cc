@@ -28,5 +28,7 @@ constexpr KernelTable table = make_table<VectorGemm<Vec, Int8PairDot<Vec>>, Vec>
 #pragma GCC pop_options
 
 namespace ktmoe {
-const KernelTable& avx512_kernels() { return avx512::table; }
+const KernelTable& avx512_kernels() {
+  return avx512::table;
+}
 }  // namespace ktmoe

@@ -29,5 +29,7 @@ constexpr KernelTable table = make_table<VectorGemm<VnniVec, Int8VnniDot<VnniVec
 #pragma GCC pop_options
 
 namespace ktmoe {
-const KernelTable& avx512vnni_kernels() { return avx512vnni::table; }
+const KernelTable& avx512vnni_kernels() {
+  return avx512vnni::table;
+}
 }  // namespace ktmoe

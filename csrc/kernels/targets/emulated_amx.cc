@@ -21,6 +21,8 @@ using Gemm = TileGemm<Vec, SoftwareTiles, VectorGemm<Vec, Int8PairDot<Vec>>>;
 constexpr KernelTable table = make_table<Gemm, Vec>(Isa::emulated_amx, 256);
 }  // namespace emulated_amx
 
-const KernelTable& emulated_amx_kernels() { return emulated_amx::table; }
+const KernelTable& emulated_amx_kernels() {
+  return emulated_amx::table;
+}
 
 }  // namespace ktmoe

@@ -18,6 +18,8 @@ namespace portable {
 constexpr KernelTable table = make_table<VectorGemm<Vec, Int8PairDot<Vec>>, Vec>(Isa::portable, 64);
 }  // namespace portable
 
-const KernelTable& portable_kernels() { return portable::table; }
+const KernelTable& portable_kernels() {
+  return portable::table;
+}
 
 }  // namespace ktmoe

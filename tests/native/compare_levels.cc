@@ -1,0 +1,178 @@
+// Every kernel of every level that this CPU can run, against the portable level, without Python: for CPU emulators and bare machines.
+//
+//   g++ -std=c++20 -O2 -static -Icsrc -ffp-contract=off -fno-strict-aliasing tests/native/compare_levels.cc
+//       csrc/base/*.cc csrc/format/*.cc csrc/kernels/*.cc csrc/kernels/targets/*.cc -o compare_levels
+//
+// Packed bytes, int8 results and elementwise kernels must agree bit for bit, bf16 sums within their rounding. Exit status 1 on a
+// difference.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "base/aligned_buffer.h"
+#include "kernels/kernel_api.h"
+
+using namespace ktmoe;
+
+namespace {
+
+int failures = 0, checks = 0;
+std::mt19937 random_bits(12345);
+
+float normal() {
+  return std::normal_distribution<float>()(random_bits);
+}
+std::vector<bf16> normals(int n) {
+  std::vector<bf16> v(static_cast<std::size_t>(n));
+  for (bf16& x : v) x = to_bf16(normal());
+  return v;
+}
+
+void expect(bool holds, const char* level, const std::string& what) {
+  ++checks;
+  if (holds) return;
+  ++failures;
+  std::printf("DIFFERENT %s: %s\n", level, what.c_str());
+}
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+// Within k roundings of sums whose terms are about 1 in size.
+bool close(const std::vector<float>& a, const std::vector<float>& b, int k) {
+  double worst = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) worst = std::max(worst, static_cast<double>(std::fabs(a[i] - b[i])));
+  return worst <= (k + 8) * 1.2e-7 * 4 * std::sqrt(k + 1.0);
+}
+
+// The m valid rows of n C blocks.
+std::vector<float> valid(const std::vector<float>& c, int m, int n) {
+  std::vector<float> rows;
+  for (int b = 0; b < n; ++b) {
+    const float* block = c.data() + static_cast<std::size_t>(b) * c_block_floats(m);
+    rows.insert(rows.end(), block, block + m * kPanelColumns);
+  }
+  return rows;
+}
+
+struct Results {
+  std::vector<std::uint8_t> packed;
+  std::vector<std::int8_t> x8;
+  std::vector<float> scale, forward, backward, outer, combined;
+  std::vector<bf16> h, gate_up, dgate_up;
+  std::vector<float> dot;
+};
+
+Results run(const KernelTable& k, WeightFormat format, int m, int n, int kk) {
+  random_bits.seed(7);
+  const FormatInfo& info = format_info(format);
+  const PackedLayout layout = PackedLayout::plain(format, n, kk);
+  const std::vector<bf16> w = normals(n * kk), x = normals(m * kk), dy = normals(m * n);
+  Results r;
+
+  AlignedBuffer packed(layout.bytes);
+  for (int p = 0; p < layout.n_panels; ++p)
+    for (int t = 0; t < 2; ++t) {
+      const int first = p * kPanelColumns + t * kTileColumns, rows = std::clamp(n - first, 0, kTileColumns);
+      const bf16* src = w.data() + (rows ? first * kk : 0);
+      float scale[kTileColumns] = {};
+      if (info.has_scales) k.row_scales(format, src, kk, rows, kk, scale);
+      if (info.has_scales)
+        std::memcpy(
+            packed.data() + layout.panel_stride * static_cast<std::size_t>(layout.n_panels) + static_cast<std::size_t>(p * 32 + t * 16) * 4,
+            scale, 64);
+      for (int s = 0; s < layout.k_steps; ++s)
+        k.pack_tile(format, src + s * info.k_step, kk, rows, std::min(info.k_step, kk - s * info.k_step), scale,
+                    packed.data() + layout.panel_stride * static_cast<std::size_t>(p) + (2 * s + t) * kTileBytes);
+    }
+  r.packed.assign(packed.as<std::uint8_t>(), packed.as<std::uint8_t>() + layout.bytes);
+  const PackedMatrix matrix(layout, packed.data());
+
+  const int ld = layout.k_padded();
+  r.x8.resize(static_cast<std::size_t>(m * ld));
+  r.scale.resize(static_cast<std::size_t>(m));
+  k.quantize_rows({x.data(), kk, nullptr}, m, kk, r.x8.data(), ld, r.scale.data());
+
+  AlignedBuffer operand(k.operand_bytes(format, m, kk));
+  if (format == WeightFormat::int8)
+    k.pack_operand(format, {r.x8.data(), ld, nullptr}, r.scale.data(), m, kk, operand.data());
+  else
+    k.pack_operand(format, {x.data(), kk, nullptr}, nullptr, m, kk, operand.data());
+  std::vector<float> c(c_block_floats(m) * static_cast<std::size_t>(layout.n_panels));
+  k.forward(operand.data(), m, matrix, 0, layout.n_panels, c.data(), false);
+  r.forward = valid(c, m, layout.n_panels);
+  const int pairs = layout.n_panels;
+  r.h.resize(static_cast<std::size_t>(m * 16 * pairs));
+  r.gate_up.resize(static_cast<std::size_t>(m * 32 * pairs));
+  random_bits.seed(9);
+  for (float& v : c) v = normal() * 3;
+  k.swiglu(c.data(), m, pairs, r.h.data(), 16 * pairs, r.gate_up.data(), 32 * pairs);
+  r.dgate_up.resize(r.gate_up.size());
+  r.dot.assign(static_cast<std::size_t>(m), 0.0f);
+  std::vector<float> weight(static_cast<std::size_t>(m), 0.37f);
+  k.swiglu_backward(c.data(), m, pairs, r.gate_up.data(), 32 * pairs, weight.data(), r.dgate_up.data(), 32 * pairs, r.h.data(), 16 * pairs,
+                    r.dot.data());
+
+  AlignedBuffer grad(k.grad_operand_bytes(m, layout.n_panels));
+  k.pack_grad_operand({dy.data(), n, nullptr}, info.has_scales ? matrix.scales() : nullptr, m, n, layout.n_panels, grad.data());
+  const int blocks = layout.k_steps * info.k_step / 32;
+  std::vector<float> dx(c_block_floats(m) * static_cast<std::size_t>(blocks), 0.0f);
+  k.backward(grad.data(), m, matrix, 0, layout.k_steps, dx.data(), false);
+  k.backward(grad.data(), m, matrix, 0, layout.k_steps, dx.data(), true);
+  r.backward = valid(dx, m, blocks);
+
+  const int columns = std::min(n, 20), tiles = kk / 16;
+  AlignedBuffer p_operand(k.outer_operand_bytes(m, columns));
+  k.pack_outer_operand(dy.data(), n, m, columns, p_operand.data());
+  r.outer.assign(static_cast<std::size_t>(columns * std::max(tiles, 1) * 16), 0.25f);
+  if (tiles) k.outer(p_operand.data(), m, columns, {x.data(), kk, nullptr}, 16, tiles, r.outer.data(), 16 * tiles, true);
+
+  std::vector<float> rows(static_cast<std::size_t>(m) * 64);
+  for (float& v : rows) v = normal();
+  const std::int32_t row_of[3] = {m - 1, -1, 0};
+  const float slot_weight[3] = {0.5f, 1.0f, 0.3f};
+  r.combined.resize(64);
+  k.combine(rows.data(), 64, row_of, slot_weight, 3, 64, r.combined.data());
+  return r;
+}
+
+void compare(Isa isa, WeightFormat format, int m, int n, int k) {
+  const char* level = isa_name(isa).data();
+  const Results a = run(kernels_for(Isa::portable), format, m, n, k), b = run(kernels_for(isa), format, m, n, k);
+  const std::string at =
+      std::string(format_info(format).name) + " m " + std::to_string(m) + " n " + std::to_string(n) + " k " + std::to_string(k);
+  const bool exact = format == WeightFormat::int8;
+  expect(same_bits(a.packed, b.packed), level, "packed bytes, " + at);
+  expect(same_bits(a.x8, b.x8) && same_bits(a.scale, b.scale), level, "quantize_rows, " + at);
+  expect(exact ? same_bits(a.forward, b.forward) : close(a.forward, b.forward, k), level, "forward, " + at);
+  // dY is rounded to bf16 by the tile kernels once the weights' scales are in it.
+  std::vector<float> scaled_a = a.backward, scaled_b = b.backward;
+  double worst = 0, size = 0;
+  for (std::size_t i = 0; i < scaled_a.size(); ++i) {
+    worst += std::pow(scaled_a[i] - scaled_b[i], 2.0);
+    size += std::pow(scaled_a[i], 2.0);
+  }
+  expect(worst <= size * 1e-4 * (exact ? 1 : 1e-6), level, "backward, " + at);
+  expect(close(a.outer, b.outer, m), level, "outer, " + at);
+  expect(same_bits(a.h, b.h) && same_bits(a.gate_up, b.gate_up), level, "swiglu, " + at);
+  expect(same_bits(a.dgate_up, b.dgate_up) && same_bits(a.dot, b.dot), level, "swiglu_backward, " + at);
+  expect(same_bits(a.combined, b.combined), level, "combine, " + at);
+}
+
+}  // namespace
+
+int main() {
+  for (Isa isa : isa_levels(true)) {
+    const int before = failures;
+    for (WeightFormat format : all_formats())
+      for (int m : {1, 2, 3, 7, 12, 13, 17, 33, 50})
+        for (auto [n, k] : {std::pair{32, 64}, {50, 100}, {97, 33}, {16, 160}}) compare(isa, format, m, n, k);
+    std::printf("%-14s %s\n", isa_name(isa).data(), failures == before ? "agrees" : "DIFFERS");
+  }
+  std::printf("%d checks, %d differences\n", checks, failures);
+  return failures != 0;
+}
