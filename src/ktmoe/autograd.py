@@ -1,0 +1,145 @@
+"""The differentiable forward of a layer: a pure function of hidden states, routing weights and LoRA tensors."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import BaseMoEWrapper
+from .errors import weights_not_loaded
+from .lora import LoraTensors, lora_shapes
+from .train import SavedForward, empty_f32, run_backward, run_forward
+
+__all__ = ["LoraTensors", "moe_forward"]
+
+
+def moe_forward(
+    wrapper: BaseMoEWrapper, hidden: Tensor, ids: Tensor, weights: Tensor, lora: LoraTensors | None = None
+) -> Tensor:
+    """The output of the layer, with gradients for `hidden`, `weights` and the six LoRA tensors.
+
+    hidden: bf16, fp16 or fp32 [..., hidden]; the layer computes in bf16, output and gradient have hidden's dtype.
+    ids: int32 or int64 [..., top_k]; -1 and num_experts mean "not routed here". weights: floating point [..., top_k].
+    lora: None = the base experts alone, also for a wrapper that has LoRA weights of its own.
+
+    Works with a wrapper of either mode. Keeps nothing where no gradient is needed; otherwise what backward needs is
+    freed with the graph, and under activation checkpointing at once. Any number of forwards may wait for a backward,
+    in any order. Changes of the LoRA tensors between forward and backward do not disturb the backward.
+    Errors as in `InferenceMoEWrapper.forward`.
+    """
+    if torch.is_grad_enabled() and (
+        hidden.requires_grad
+        or weights.requires_grad
+        or (lora is not None and any(t.requires_grad for t in lora.tensors))
+    ):
+        tensors = lora.tensors if lora is not None else ()
+        scaling, rank = (lora.scaling, lora.rank) if lora is not None else (0.0, 0)
+        out: Tensor = _MoEFunction.apply(wrapper, scaling, rank, ids, hidden, weights, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        rows, flat_ids, flat_weights = wrapper._inputs(_narrow(hidden), ids, _widen(weights))
+        packed = wrapper.mirror.acquire(lora) if lora is not None else None
+        out = wrapper._forward(rows, flat_ids, flat_weights, packed).view(hidden.shape)
+    return out.to(hidden.dtype)
+
+
+def _narrow(hidden: Tensor) -> Tensor:
+    return hidden.to(torch.bfloat16) if hidden.dtype in (torch.float16, torch.float32) else hidden
+
+
+def _widen(weights: Tensor) -> Tensor:
+    return weights.to(torch.float32) if weights.dtype is torch.float16 else weights
+
+
+class _Holder(bytearray):
+    """Eight bytes that own a saved forward: the memory behind the tensor that `_hold` makes."""
+
+    saved: SavedForward
+
+
+_numbers = itertools.count(1)
+_holders: weakref.WeakValueDictionary[int, _Holder] = weakref.WeakValueDictionary()
+
+
+def _hold(saved: SavedForward) -> Tensor:
+    """A tensor that keeps `saved` alive.
+
+    Activation checkpointing decides about *tensors*: it drops those saved by the first forward and takes those of the
+    recomputed one. What is attached to ctx in any other way would stay in memory for the whole forward pass. So the
+    saved forward lives exactly as long as the storage of this tensor, whatever torch.Tensor object wraps it.
+    """
+    number = next(_numbers)
+    holder = _Holder(number.to_bytes(8, "little"))
+    holder.saved = saved
+    _holders[number] = holder
+    return torch.frombuffer(holder, dtype=torch.int64)
+
+
+def _held(tensor: Tensor) -> SavedForward:
+    holder = _holders.get(int(tensor))
+    if holder is None:
+        raise RuntimeError(
+            "The saved forward of a MoE layer is gone: a saved-tensors hook replaced the tensor that owns it by a "
+            "copy. Let such hooks pass on CPU tensors unchanged"
+        )
+    return holder.saved
+
+
+class _MoEFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        wrapper: BaseMoEWrapper,
+        scaling: float,
+        rank: int,
+        ids: Tensor,
+        hidden: Tensor,
+        weights: Tensor,
+        *lora: Any,  # none, or the six tensors
+    ) -> Tensor:
+        rows, flat_ids, flat_weights = wrapper._inputs(_narrow(hidden), ids, _widen(weights))
+        packed = wrapper.mirror.acquire(LoraTensors._make((*lora, scaling, rank))) if lora else None
+        out, saved = run_forward(wrapper.layer, rows, flat_ids, flat_weights, packed)
+        ctx.save_for_backward(_hold(saved))
+        ctx.set_materialize_grads(False)
+        ctx.wrapper = wrapper
+        ctx.rank = rank
+        ctx.hidden_dtype, ctx.weights_shape, ctx.weights_dtype = hidden.dtype, weights.shape, weights.dtype
+        ctx.lora_dtypes = [t.dtype for t in lora]
+        return out.view(hidden.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad
+        if grad_out is None or not any(need):
+            return (None,) * len(need)
+        wrapper: BaseMoEWrapper = ctx.wrapper
+        if not wrapper.layer.loaded:
+            raise weights_not_loaded(wrapper.layer_idx)
+        (holder,) = ctx.saved_tensors  # once: checkpointing recomputes on access
+        targets = None
+        if any(need[6:]):
+            shapes = lora_shapes(wrapper.num_experts, wrapper.hidden_size, wrapper.moe_intermediate_size, ctx.rank)
+            targets = [empty_f32(shape) for shape in shapes]
+        grads = run_backward(
+            wrapper.layer,
+            _held(holder),
+            grad_out.reshape(-1, wrapper.hidden_size),
+            # Rounded once: to the dtype that the caller computes in.
+            hidden_dtype=(torch.bfloat16 if ctx.hidden_dtype is torch.bfloat16 else torch.float32) if need[4] else None,
+            top_k=wrapper.num_experts_per_tok if need[5] else None,
+            lora=targets,
+        )
+        return (
+            *(None,) * 4,
+            None if grads.hidden is None else grads.hidden.view(grad_out.shape).to(ctx.hidden_dtype),
+            None if grads.weights is None else grads.weights.view(ctx.weights_shape).to(ctx.weights_dtype),
+            *(
+                grads.lora[i].to(dtype) if grads.lora is not None and need[6 + i] else None
+                for i, dtype in enumerate(ctx.lora_dtypes)
+            ),
+        )

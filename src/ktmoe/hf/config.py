@@ -1,0 +1,72 @@
+"""`KTMoEConfig`: the quantization config that makes `from_pretrained` keep the experts in ktmoe.
+
+Registered with transformers under the name "ktmoe" when this module is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ktmoe.methods import METHODS, methods_of, resolve
+
+QUANT_METHOD = "ktmoe"
+DEFAULT_METHOD = "AMXBF16_SFT"
+DEFAULT_CHUNK = 8192
+
+
+@register_quantization_config(QUANT_METHOD)
+class KTMoEConfig(QuantizationConfigMixin):
+    """How ktmoe holds the experts of a model.
+
+    method: a name of `ktmoe.methods.METHODS`. A method that ends in ``_SFT`` can be trained and used for inference,
+        every other method is for inference only.
+    cpuinfer_threads: number of threads; None means one per physical core that this process may use.
+    threadpool_count: number of sub-pools; None means one per NUMA node.
+    chunked_prefill_size: longer inputs are computed in chunks of this many tokens.
+
+    Raises ValueError for an unknown method or a number out of range, NotImplementedError for a method to come.
+    """
+
+    def __init__(
+        self,
+        method: str = DEFAULT_METHOD,
+        cpuinfer_threads: int | None = None,
+        threadpool_count: int | None = None,
+        chunked_prefill_size: int = DEFAULT_CHUNK,
+        **kwargs: Any,
+    ) -> None:
+        # A config read back from JSON carries its own name.
+        kwargs.pop("quant_method", None)
+        if kwargs:
+            raise TypeError(f"KTMoEConfig got unknown options: {', '.join(sorted(kwargs))}")
+        check_method(method)
+        for name, value in (
+            ("cpuinfer_threads", cpuinfer_threads),
+            ("threadpool_count", threadpool_count),
+            ("chunked_prefill_size", chunked_prefill_size),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"KTMoEConfig: {name} must be at least 1, got {value}")
+        self.quant_method = QUANT_METHOD
+        self.method = method
+        self.cpuinfer_threads = cpuinfer_threads
+        self.threadpool_count = threadpool_count
+        self.chunked_prefill_size = chunked_prefill_size
+
+
+def check_method(method: str) -> None:
+    """Raises ValueError for an unknown method name, NotImplementedError for one whose kernels do not exist yet."""
+    if method not in METHODS:
+        known = ", ".join(row.name for row in METHODS.values() if row.implemented)
+        raise ValueError(f"Unknown method: {method!r}. Methods that work: {known}")
+    resolve(method, METHODS[method].mode)
+
+
+def trainable_twin(method: str) -> str:
+    """The training method that holds its weights as this one does, else the first one."""
+    candidates = methods_of("sft", implemented_only=True)
+    same = [row.name for row in candidates if row.format == METHODS[method].format]
+    return (same or [candidates[0].name])[0]

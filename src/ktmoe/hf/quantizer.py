@@ -1,0 +1,101 @@
+"""The transformers hook: swaps the experts on the meta model and fills them from the checkpoint, expert by expert.
+
+transformers never reads a tensor for which the model has no parameter, so the bf16 experts are not in RAM at any time
+except for the one that is being packed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantizer
+
+from ktmoe.hf import peft_bridge
+from ktmoe.hf.checkpoint import CheckpointFiles
+from ktmoe.hf.config import QUANT_METHOD, KTMoEConfig
+from ktmoe.hf.experts import KTExperts
+from ktmoe.hf.streaming import load_expert, plan_checkpoint
+from ktmoe.hf.structure import DOWN, GATE_UP, ExpertsSpec, find_experts
+
+
+@register_quantizer(QUANT_METHOD)
+class KTMoEQuantizer(HfQuantizer):
+    """Holds the experts of one model in ktmoe. Made by transformers from a `KTMoEConfig`."""
+
+    def __init__(self, quantization_config: KTMoEConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # The config says how to hold experts; the checkpoint itself is never in our packed form.
+        self.pre_quantized = False
+        self._files: list[Path] = []
+        self._conversions: list[Any] = []
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        self._files = [Path(name) for name in checkpoint_files or ()]
+        if not self._files or any(file.suffix != ".safetensors" for file in self._files):
+            raise ValueError(
+                "ktmoe streams experts from safetensors files; this model has none. "
+                "Load it with plain transformers and save_pretrained() it once."
+            )
+        specs = find_experts(model, model.config)
+        for spec in specs:
+            _replace_module(model, spec.name, KTExperts(spec, self.quantization_config))
+        # Their checkpoint names have no parameter any more; that is not worth a warning.
+        ignored = {_unexpected_pattern(spec, str(model.base_model_prefix)) for spec in specs}
+        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+        peft_bridge.install()
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Called with the table that the loader will use (the user's ``key_mapping`` included): remembered for us."""
+        self._conversions = super().update_weight_conversions(weight_conversions, model)
+        return self._conversions
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from transformers.utils import logging
+
+        layers = list(ktmoe_layers(model))
+        specs = [layer.spec for layer in layers]
+        with CheckpointFiles(self._files) as source:
+            plan = plan_checkpoint(source.keys(), specs, self._conversions, str(model.base_model_prefix))
+            total = sum(spec.n_experts for spec in specs)
+            desc = f"Packing experts ({self.quantization_config.method})"
+            with logging.tqdm(total=total, desc=desc, unit="expert") as bar:
+                for layer in layers:
+                    for expert in range(layer.spec.n_experts):
+                        load_expert(layer.spec, plan, source, expert, layer.backend.load_expert)
+                        bar.update(1)
+        unfilled = [layer.spec.name for layer in layers if not layer.backend.loaded]
+        if unfilled:
+            raise RuntimeError(f"Weights not loaded: {', '.join(unfilled)}")
+        return model
+
+    def is_serializable(self) -> bool:
+        """False: packed experts are no checkpoint. Adapters save as usual."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """True for every method: the experts themselves refuse gradients with a text that names the method to use."""
+        return True
+
+
+def ktmoe_layers(model: nn.Module) -> Iterator[KTExperts]:
+    """The experts modules of a model that ktmoe holds, in order."""
+    return (module for module in model.modules() if isinstance(module, KTExperts))
+
+
+def _replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _unexpected_pattern(spec: ExpertsSpec, base_model_prefix: str) -> str:
+    """A regex for the names of this module's stacks, with or without the base model's prefix."""
+    name = spec.name.removeprefix(f"{base_model_prefix}.")
+    return rf"(^|\.){re.escape(name)}\.({GATE_UP}|{DOWN})$"

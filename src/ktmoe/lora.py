@@ -1,0 +1,155 @@
+"""LoRA tensors of one layer and their packed mirror.
+
+The engine computes with a packed bf16 copy of the six matrices. `LoraMirror` keeps that copy and renews it only when
+the tensors have changed. Whoever runs a forward or backward holds the `PackedLora` it got, and a held copy is never
+overwritten: changed tensors then go into a new one. So a backward always uses the values of its own forward.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import _ext
+from .capsule import to_dlpack
+from .runtime import reset_after_fork
+
+LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
+
+
+class LoraTensors(NamedTuple):
+    """The six LoRA matrices of a layer, bf16 or fp32 on the CPU, any strides.
+
+    gate_a, up_a [n_experts, rank, hidden]; gate_b, up_b [n_experts, inter, rank]; down_a [n_experts, rank, inter];
+    down_b [n_experts, hidden, rank]. `gate_a` may be `up_a`. `scaling` multiplies the LoRA term (alpha / rank).
+    """
+
+    gate_a: Tensor
+    gate_b: Tensor
+    up_a: Tensor
+    up_b: Tensor
+    down_a: Tensor
+    down_b: Tensor
+    scaling: float
+    rank: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The six matrices in the order of `LORA_NAMES`."""
+        return self[:6]
+
+
+def lora_shapes(n_experts: int, hidden: int, inter: int, rank: int) -> tuple[tuple[int, int, int], ...]:
+    """The six shapes in the order of `LORA_NAMES`."""
+    a, b = (n_experts, rank, hidden), (n_experts, inter, rank)
+    return (a, b, a, b, (n_experts, rank, inter), (n_experts, hidden, rank))
+
+
+def check_lora(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], prefix: str = "") -> None:
+    """TypeError (type, dtype, device) or ValueError (shape) naming the first tensor that does not fit."""
+    for name, tensor, shape in zip(LORA_NAMES, tensors, shapes, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{prefix}{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.dtype not in (torch.bfloat16, torch.float32):
+            raise TypeError(f"{prefix}{name}: got dtype {tensor.dtype}, expected torch.bfloat16 or torch.float32")
+        if not tensor.is_cpu:
+            raise TypeError(f"{prefix}{name}: got device {tensor.device}, expected cpu")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{prefix}{name}: got shape {tuple(tensor.shape)}, expected {shape}")
+
+
+# Fused optimizers (the default of the Hugging Face Trainer) write parameters without raising Tensor._version, so
+# versions alone would miss every one of their steps.
+_optimizer_steps = 0
+_hook_installed = False
+_hook_lock = threading.Lock()
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+def _install_hook() -> None:
+    global _hook_installed
+    with _hook_lock:
+        if not _hook_installed:
+            register_optimizer_step_post_hook(_count_step)
+            _hook_installed = True
+
+
+def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
+    """Equal as long as the tensor's values are the same, provided that its memory has been kept alive since."""
+    # Tensors made under inference_mode do not count their changes: never equal.
+    version: object = object() if tensor.is_inference() else tensor._version
+    return (tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype)
+
+
+class PackedLora:
+    """One packed copy and what it was made from. Immutable while anybody but the mirror holds it."""
+
+    __slots__ = ("__weakref__", "_kept", "adapter", "key")
+
+    def __init__(self, adapter: _ext.LoraAdapter, key: tuple[object, ...], tensors: Sequence[Tensor]) -> None:
+        self.adapter = adapter
+        self.key = key
+        # Keeps the source memory: a new tensor at a freed address would look like the old one.
+        self._kept = tuple(t.untyped_storage() for t in tensors)
+
+
+class LoraMirror:
+    """The packed LoRA of one layer, for tensors that the caller owns and changes. Safe to use from several threads."""
+
+    def __init__(self, pool: _ext.ThreadPool, n_experts: int, hidden: int, inter: int) -> None:
+        _install_hook()
+        self._pool = pool
+        self._dims = (n_experts, hidden, inter)
+        self._current: PackedLora | None = None
+        self._lock = threading.Lock()
+        self.packs = 0
+        """How often tensors have been packed."""
+        reset_after_fork(self)
+
+    def acquire(self, lora: LoraTensors, *, force: bool = False) -> PackedLora:
+        """The packed copy of these tensors as they are now; packs only if they changed, or if `force`.
+
+        TypeError or ValueError if a tensor does not fit the layer.
+        """
+        key = (lora.scaling, lora.rank, _optimizer_steps, *map(_fingerprint, lora.tensors))
+        with self._lock:
+            current = self._current
+            if current is not None and current.key == key and not force:
+                return current
+            del current
+            check_lora(lora.tensors, lora_shapes(*self._dims, lora.rank))
+            adapter = self._free_adapter(lora)
+            adapter.update(self._pool, *(to_dlpack(t.detach()) for t in lora.tensors))
+            self.packs += 1
+            self._current = PackedLora(adapter, key, lora.tensors)
+            return self._current
+
+    def drop(self) -> None:
+        """Frees the packed copy, unless a forward that waits for its backward still holds it."""
+        with self._lock:
+            self._current = None
+
+    def _after_fork(self) -> None:
+        # Another thread of the parent may have held it.
+        self._lock = threading.Lock()
+
+    def _free_adapter(self, lora: LoraTensors) -> _ext.LoraAdapter:
+        """The present adapter if nobody else holds it and it fits, otherwise a new one."""
+        old, self._current = self._current, None
+        if old is not None:
+            adapter, fits, holders = old.adapter, old.key[:2] == (lora.scaling, lora.rank), weakref.ref(old)
+            del old
+            # Reference counting frees it at once, so a live reference means a forward that waits for its backward.
+            if fits and holders() is None:
+                return adapter
+        return _ext.LoraAdapter(*self._dims, lora.rank, lora.scaling)

@@ -1,0 +1,243 @@
+"""The engine that layers share: worker threads, the queue of submitted forwards, and their life cycle.
+
+Equal configurations share one engine, so a model of many layers has one set of threads. Engines live until the process
+ends. A forked child starts with idle engines: the pool forgets its threads by itself, the queue is replaced here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import operator
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from . import _ext
+from .config import MoEConfig
+from .errors import shut_down
+
+log = logging.getLogger("ktmoe")
+# Without a handler Python writes warnings to stderr; what is shown is the application's decision.
+log.addHandler(logging.NullHandler())
+
+_EXIT_TIMEOUT_S = 2.0
+
+
+# --- the machine --------------------------------------------------------------------------------------------------
+def _cpu_list(path: str) -> list[int]:
+    """Parses the kernel's "0-3,8" lists; empty if the file is missing (not Linux, or a container hides it)."""
+    try:
+        with open(path, encoding="ascii") as file:
+            text = file.read().strip()
+    except OSError:
+        return []
+    numbers: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def usable_cpus() -> frozenset[int]:
+    """Logical CPUs that this process may run on."""
+    return frozenset(os.sched_getaffinity(0))
+
+
+@functools.cache
+def physical_cores(cpus: frozenset[int]) -> int:
+    """Number of cores behind `cpus`: two hyper-threads of one core count once."""
+    cores = {
+        tuple(_cpu_list(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) or (cpu,) for cpu in cpus
+    }
+    return max(1, len(cores))
+
+
+@functools.cache
+def numa_nodes(cpus: frozenset[int]) -> tuple[int, ...]:
+    """NUMA nodes that own at least one of `cpus`, ascending; (0,) where the kernel does not say."""
+    root = "/sys/devices/system/node"
+    found = [n for n in _cpu_list(f"{root}/online") if cpus.intersection(_cpu_list(f"{root}/node{n}/cpulist"))]
+    return tuple(found) or (0,)
+
+
+def isa_without_amx() -> str:
+    """The best level of the host that is not AMX; `KTMOE_ISA` can lower it further. RuntimeError if that is invalid."""
+    active = _ext.active_isa()
+    if "amx" not in active:
+        return active
+    return next(level for level in _ext.isa_levels() if "amx" not in level)
+
+
+# --- configuration ------------------------------------------------------------------------------------------------
+_warned: set[str] = set()
+
+
+def _warn_once(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        log.warning(text)
+
+
+@dataclass(frozen=True)
+class WorkerPoolConfig:
+    """The threads of one engine, in sub-pools: usually one sub-pool for each NUMA node.
+
+    `subpool_numa_map[i]` is the node of sub-pool i, `subpool_thread_count[i]` its number of threads.
+    """
+
+    subpool_count: int
+    subpool_numa_map: Sequence[int]
+    subpool_thread_count: Sequence[int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "subpool_count", operator.index(self.subpool_count))
+        for name, low in (("subpool_numa_map", 0), ("subpool_thread_count", 1)):
+            values = tuple(operator.index(v) for v in getattr(self, name))
+            if self.subpool_count < 1 or len(values) != self.subpool_count:
+                raise ValueError(
+                    f"{name}: got {len(values)} value(s), expected one per sub-pool ({self.subpool_count})"
+                )
+            if min(values) < low:
+                raise ValueError(f"{name}: got {list(values)}, expected values of at least {low}")
+            object.__setattr__(self, name, values)
+
+    @classmethod
+    def plan(cls, threads: int | None, subpools: int | None, nodes: Sequence[int] | None = None) -> WorkerPoolConfig:
+        """Fits what was asked for to this machine.
+
+        threads: in total, None = one per physical core. subpools: None = one per NUMA node. nodes: one per sub-pool.
+        More threads than usable CPUs only fight each other, so they are cut to that number (results do not depend
+        on it). Nodes that do not exist are replaced by ones that do. Each of these is one warning in the log.
+        """
+        cpus = usable_cpus()
+        present = numa_nodes(cpus)
+        count = subpools if subpools is not None else len(present)
+        total = threads if threads is not None else physical_cores(cpus)
+        if total > len(cpus):
+            _warn_once(f"cpuinfer_threads={total} is more than the {len(cpus)} usable CPUs: using {len(cpus)}")
+            total = len(cpus)
+        if nodes is None:
+            if count > len(present):
+                _warn_once(
+                    f"threadpool_count={count} is more than the {len(present)} NUMA node(s): sub-pools share them"
+                )
+            nodes = [present[i % len(present)] for i in range(count)]
+        elif not set(nodes) <= set(present):
+            _warn_once(f"numa_nodes={list(nodes)}: not all usable here, using nodes out of {list(present)}")
+            nodes = [n if n in present else present[i % len(present)] for i, n in enumerate(nodes)]
+        share, rest = divmod(total, count)
+        return cls(count, nodes, [max(1, share + (i < rest)) for i in range(count)])
+
+
+# --- fork ---------------------------------------------------------------------------------------------------------
+class ForkAware(Protocol):
+    """Something with a lock, a thread or a ticket that means nothing in a forked child."""
+
+    def _after_fork(self) -> None: ...
+
+
+_fork_aware: weakref.WeakSet[ForkAware] = weakref.WeakSet()
+
+
+def reset_after_fork(owner: ForkAware) -> None:
+    """Calls `owner._after_fork()` in every child forked from now on, as long as `owner` lives."""
+    _fork_aware.add(owner)
+
+
+# --- engine -------------------------------------------------------------------------------------------------------
+class CPUInfer:
+    """One engine: a thread pool, and a queue of submitted forwards that exists from the first submit on.
+
+    Most code wants `get_engine`, which shares engines. All methods may be called from any thread.
+    """
+
+    def __init__(self, config: WorkerPoolConfig) -> None:
+        self.config = config
+        self.pool = _ext.ThreadPool(list(config.subpool_thread_count), list(config.subpool_numa_map))
+        self._queue: _ext.TaskQueue | None = None
+        self._lock = threading.Lock()
+        reset_after_fork(self)
+
+    @property
+    def queue(self) -> _ext.TaskQueue:
+        """The FIFO of submitted forwards. RuntimeError after the interpreter began to exit."""
+        queue = self._queue
+        if queue is not None and not _closed:
+            return queue
+        with self._lock:
+            if _closed:
+                raise shut_down()
+            if self._queue is None:
+                self._queue = _ext.TaskQueue()
+            return self._queue
+
+    def sync(self) -> None:
+        """Waits until everything submitted so far has run. Errors stay with the results that they belong to."""
+        if self._queue is not None:
+            self._queue.drain()
+
+    def close(self, timeout_s: float) -> None:
+        """Drains the queue for at most `timeout_s`; a later submit to it is a RuntimeError."""
+        if self._queue is not None:
+            self._queue.close(timeout_s)
+
+    def _after_fork(self) -> None:
+        # The queue's thread stayed in the parent, and another thread of the parent may have held the lock.
+        if self._queue is not None:
+            _parents_queues.append(self._queue)
+        self._queue = None
+        self._lock = threading.Lock()
+
+
+_lock = threading.Lock()
+_engines: dict[WorkerPoolConfig, CPUInfer] = {}
+# Never destroyed: a destructor in the child would wait for a thread that does not exist there.
+_parents_queues: list[_ext.TaskQueue] = []
+_closed = False
+
+
+def get_engine(config: WorkerPoolConfig) -> CPUInfer:
+    """The engine of this configuration, made on first use. A second, different configuration logs a warning."""
+    with _lock:
+        engine = _engines.get(config)
+        if engine is None:
+            if _engines:
+                log.warning(
+                    "a second thread pool is made for %s (present: %s): layers with different cpuinfer_threads or "
+                    "threadpool_count do not share threads",
+                    config,
+                    ", ".join(map(str, _engines)),
+                )
+            engine = _engines[config] = CPUInfer(config)
+        return engine
+
+
+def engine_for(config: MoEConfig) -> CPUInfer:
+    """The engine that a layer of this configuration runs on."""
+    return get_engine(WorkerPoolConfig.plan(config.cpuinfer_threads, config.threadpool_count, config.numa_nodes))
+
+
+@atexit.register
+def _shut_down() -> None:
+    """Gives running forwards a moment to end: their output memory must not go away under them."""
+    global _closed
+    _closed = True
+    deadline = time.monotonic() + _EXIT_TIMEOUT_S
+    for engine in list(_engines.values()):
+        engine.close(max(0.0, deadline - time.monotonic()))
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+    for owner in list(_fork_aware):
+        owner._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

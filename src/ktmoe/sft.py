@@ -1,0 +1,217 @@
+"""The wrapper for LoRA fine-tuning: a small stack of saved forwards over the engine's functional forward/backward."""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import BaseMoEWrapper
+from .config import MoEConfig, SFTConfig
+from .errors import cache_full, invalid_cache_index, lora_not_initialized, no_cache, weights_not_loaded
+from .lora import LORA_NAMES, LoraMirror, LoraTensors, PackedLora, check_lora, lora_shapes
+from .methods import Method
+from .runtime import reset_after_fork
+from .train import SavedForward, empty_f32, run_backward, run_forward
+
+GRAD_NAMES = tuple(f"grad_{name}" for name in LORA_NAMES)
+
+
+class LoraGrads(dict[str, Tensor]):
+    """The six LoRA gradients of one backward, fp32, under the names `GRAD_NAMES`."""
+
+    grad_topk_weights: Tensor
+    """Gradient of the routing weights: fp32, shaped like the weights of the forward."""
+
+
+class _Waiting(NamedTuple):
+    saved: SavedForward
+    hidden_shape: torch.Size
+    weights_shape: torch.Size
+
+
+class AMXSFTMoEWrapper(BaseMoEWrapper):
+    """AMXBF16_SFT, AMXINT8_SFT, ...: frozen experts with LoRA on gate, up and down.
+
+    Keeps up to max_cache_depth forwards and runs their backwards last-in-first-out. The LoRA tensors belong to the
+    caller; changed values are noticed by the next forward. Not for use from two threads at once (RuntimeError); for
+    any other order than a stack, and inside torch's autograd, use `ktmoe.autograd.moe_forward`.
+    """
+
+    def __init__(self, config: MoEConfig, method: Method, sft: SFTConfig | None = None) -> None:
+        super().__init__(config, method)
+        self.sft_config = sft or SFTConfig()
+        self.lora_rank = self.sft_config.lora_rank
+        self.lora_alpha = self.sft_config.lora_alpha
+        self.lora_scaling = self.sft_config.scaling
+        self.max_cache_depth = self.sft_config.max_cache_depth
+        # Not the mirror of moe_forward: two users with different adapters would pack in turns.
+        self._own_mirror = LoraMirror(
+            self.cpu_infer.pool, config.num_experts, config.hidden_size, config.moe_intermediate_size
+        )
+        self._lora: LoraTensors | None = None
+        self._grad_buffers: tuple[Tensor, ...] | None = None
+        self._waiting: list[_Waiting] = []
+        self._busy = threading.Lock()
+        reset_after_fork(self)
+
+    def _after_fork(self) -> None:
+        self._busy = threading.Lock()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(f"Layer {self.layer_idx} is in use by another thread: one training layer, one thread")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    # --- LoRA weights ---------------------------------------------------------------------------------------------
+    def init_lora_weights(
+        self,
+        gate_lora_a: Tensor,
+        gate_lora_b: Tensor,
+        up_lora_a: Tensor,
+        up_lora_b: Tensor,
+        down_lora_a: Tensor,
+        down_lora_b: Tensor,
+        grad_gate_lora_a: Tensor | None = None,
+        grad_gate_lora_b: Tensor | None = None,
+        grad_up_lora_a: Tensor | None = None,
+        grad_up_lora_b: Tensor | None = None,
+        grad_down_lora_a: Tensor | None = None,
+        grad_down_lora_b: Tensor | None = None,
+    ) -> None:
+        """Sets the LoRA matrices: bf16 or fp32 CPU tensors that stay the caller's, and are read again when they change.
+
+        gate/up A [num_experts, rank, hidden], gate/up B [num_experts, inter, rank], down A [num_experts, rank, inter],
+        down B [num_experts, hidden, rank]. The optional buffers, all six or none, have the same shapes; each backward
+        overwrites them with its gradients (fp32 contiguous buffers are written without a copy).
+        TypeError (dtype, device) or ValueError (shape); what was set before then stays.
+        """
+        tensors = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
+        shapes = lora_shapes(self.num_experts, self.hidden_size, self.moe_intermediate_size, self.lora_rank)
+        check_lora(tensors, shapes)
+        given = (grad_gate_lora_a, grad_gate_lora_b, grad_up_lora_a, grad_up_lora_b, grad_down_lora_a, grad_down_lora_b)
+        buffers = tuple(g.detach() for g in given if g is not None)
+        if len(buffers) not in (0, 6):
+            raise ValueError(f"grad buffers: got {len(buffers)}, expected all six or none")
+        if buffers:
+            check_lora(buffers, shapes, prefix="grad_")
+        with self._alone():
+            lora = LoraTensors(*tensors, self.lora_scaling, self.lora_rank)
+            self._own_mirror.acquire(lora, force=True)
+            self._lora, self._grad_buffers = lora, buffers or None
+
+    def update_lora_weights(self) -> None:
+        """Reads the LoRA tensors again, changed or not. Needed only after writes that torch cannot see.
+
+        torch sees in-place operations and the steps of `torch.optim` optimizers; it does not see writes through
+        `.data`, NumPy or another process.
+        """
+        if self._lora is None:
+            raise lora_not_initialized(self.layer_idx)
+        with self._alone():
+            self._own_mirror.acquire(self._lora, force=True)
+
+    # --- forward and backward -------------------------------------------------------------------------------------
+    def forward_sft(
+        self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save_for_backward: bool = True
+    ) -> Tensor:
+        """The weighted sum of the routed experts with their LoRA terms: bf16, shaped like hidden_states.
+
+        Arguments and errors as in `InferenceMoEWrapper.forward`. save_for_backward=True keeps what `backward` needs
+        (RuntimeError without LoRA weights, and when max_cache_depth forwards are waiting already);
+        save_for_backward=False keeps nothing, and without LoRA weights runs the base experts alone.
+        """
+        if not isinstance(save_for_backward, bool):
+            raise TypeError(f"save_for_backward: got {save_for_backward!r}, expected a bool")
+        hidden, ids, flat_weights = self._inputs(hidden_states, expert_ids, weights)
+        with self._alone():
+            packed: PackedLora | None = None
+            if self._lora is not None:
+                packed = self._own_mirror.acquire(self._lora)
+            if not save_for_backward:
+                return self._forward(hidden, ids, flat_weights, packed).view(hidden_states.shape)
+            if packed is None:
+                raise lora_not_initialized(self.layer_idx)
+            if len(self._waiting) >= self.max_cache_depth:
+                raise cache_full(self.max_cache_depth)
+            out, saved = run_forward(self.layer, hidden, ids, flat_weights, packed)
+            self._waiting.append(_Waiting(saved, hidden_states.shape, weights.shape))
+            return out.view(hidden_states.shape)
+
+    forward = forward_sft
+
+    def backward(self, grad_output: Tensor, cache_idx: int | None = None) -> tuple[Tensor, LoraGrads]:
+        """Gradients of one waiting forward, the latest one unless `cache_idx` (0 = oldest) says otherwise.
+
+        grad_output: bf16, shaped like the output of that forward. Returns (grad_input, grad_loras): grad_input bf16 of
+        the same shape; grad_loras has the six fp32 gradients and the attribute `grad_topk_weights`. The values of the
+        LoRA weights are those of that forward, whatever happened to the tensors since.
+        RuntimeError if weights or LoRA are not set, if no forward waits, or if `cache_idx` names none; TypeError and
+        ValueError for grad_output, after which the forward still waits.
+        """
+        if not self.layer.loaded:
+            raise weights_not_loaded(self.layer_idx)
+        if self._lora is None:
+            raise lora_not_initialized(self.layer_idx)
+        with self._alone():
+            index = self._waiting_index(cache_idx)
+            saved, hidden_shape, weights_shape = self._waiting[index]
+            grads = run_backward(
+                self.layer,
+                saved,
+                self._grad_rows(grad_output, hidden_shape),
+                hidden_dtype=torch.bfloat16,
+                top_k=self.num_experts_per_tok,
+                lora=self._grad_targets(),
+            )
+            del self._waiting[index]
+            assert grads.hidden is not None  # all three were asked for
+            assert grads.weights is not None
+            assert grads.lora is not None
+            for buffer, grad in zip(self._grad_buffers or (), grads.lora, strict=False):
+                if buffer is not grad:
+                    buffer.copy_(grad)
+        result = LoraGrads(zip(GRAD_NAMES, grads.lora, strict=True))
+        result.grad_topk_weights = grads.weights.view(weights_shape)
+        return grads.hidden.view(hidden_shape), result
+
+    def clear_forward_cache(self) -> None:
+        """Drops all forwards that wait for a backward, for example after a step that was abandoned."""
+        with self._alone():
+            self._waiting.clear()
+
+    def _waiting_index(self, cache_idx: int | None) -> int:
+        depth = len(self._waiting)
+        if cache_idx is None:
+            if not depth:
+                raise no_cache()
+            return depth - 1
+        index = operator.index(cache_idx)
+        if not 0 <= index < depth:
+            raise invalid_cache_index(cache_idx, depth)
+        return index
+
+    def _grad_targets(self) -> list[Tensor]:
+        """Six fp32 tensors for the engine to write: the caller's buffers where they fit, new ones elsewhere."""
+        shapes = lora_shapes(self.num_experts, self.hidden_size, self.moe_intermediate_size, self.lora_rank)
+        if self._grad_buffers is None:
+            return [empty_f32(shape) for shape in shapes]
+        return [b if b.dtype is torch.float32 and b.is_contiguous() else empty_f32(b.shape) for b in self._grad_buffers]
+
+    def _grad_rows(self, grad_output: Tensor, shape: torch.Size) -> Tensor:
+        if not isinstance(grad_output, Tensor):
+            raise TypeError(f"grad_output: got {type(grad_output).__name__}, expected a torch.Tensor")
+        if grad_output.dtype is not torch.bfloat16 or not grad_output.is_cpu:
+            raise TypeError(f"grad_output: got {grad_output.dtype} on {grad_output.device}, expected bfloat16 on cpu")
+        if grad_output.shape != shape:
+            raise ValueError(f"grad_output: got shape {tuple(grad_output.shape)}, expected {tuple(shape)}")
+        return grad_output.detach().reshape(-1, self.hidden_size)

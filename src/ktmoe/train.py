@@ -1,0 +1,75 @@
+"""One training pass over a layer: what the stateful API (sft.py) and the differentiable one (autograd.py) share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ext
+from .capsule import rows_in_one_piece, to_dlpack
+from .lora import PackedLora
+
+
+class SavedForward(NamedTuple):
+    """What the backward of one forward needs. Its memory is freed with the object."""
+
+    cache: _ext.ForwardCache
+    packed: PackedLora | None
+
+
+class Gradients(NamedTuple):
+    """Results of one backward; None where not asked for."""
+
+    hidden: Tensor | None
+    """[n_tokens, hidden], in the dtype asked for."""
+    weights: Tensor | None
+    """fp32 [n_tokens, top_k]."""
+    lora: list[Tensor] | None
+    """Six fp32 tensors in the order of `LORA_NAMES`."""
+
+
+def empty_f32(shape: Sequence[int]) -> Tensor:
+    """A new fp32 tensor in CPU memory, whatever torch's default device is (models are built under "meta")."""
+    return torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
+
+
+def run_forward(
+    layer: _ext.MoeLayer, hidden: Tensor, ids: Tensor, weights: Tensor, packed: PackedLora | None
+) -> tuple[Tensor, SavedForward]:
+    """The output, bf16 [n_tokens, hidden], and what `run_backward` needs. Inputs as from `BaseMoEWrapper._inputs`."""
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    cache = layer.forward_train(
+        to_dlpack(hidden), to_dlpack(ids), to_dlpack(weights), to_dlpack(out), packed.adapter if packed else None
+    )
+    return out, SavedForward(cache, packed)
+
+
+def run_backward(
+    layer: _ext.MoeLayer,
+    saved: SavedForward,
+    grad_out: Tensor,
+    *,
+    hidden_dtype: torch.dtype | None,
+    top_k: int | None,
+    lora: list[Tensor] | None,
+) -> Gradients:
+    """Gradients of one saved forward; may be called more than once for it.
+
+    grad_out: bf16 [n_tokens, hidden]. hidden_dtype: bf16 or fp32, None = no gradient for hidden.
+    top_k: None = no gradient for the routing weights. lora: six fp32 C-contiguous tensors that are overwritten.
+    """
+    n_tokens = grad_out.shape[0]
+    hidden = None if hidden_dtype is None else torch.empty(grad_out.shape, dtype=hidden_dtype, device="cpu")
+    weights = None if top_k is None else empty_f32((n_tokens, top_k))
+    layer.backward(
+        saved.cache,
+        to_dlpack(rows_in_one_piece(grad_out)),
+        saved.packed.adapter if saved.packed else None,
+        None if hidden is None else to_dlpack(hidden),
+        None if weights is None else to_dlpack(weights),
+        None if lora is None else [to_dlpack(t) for t in lora],
+    )
+    return Gradients(hidden, weights, lora)

@@ -1,0 +1,111 @@
+"""The factory of the public API."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .base import BaseMoEWrapper
+from .config import MoEConfig, SFTConfig
+from .inference import (
+    AMXMoEWrapper,
+    GeneralMoEWrapper,
+    InferenceMoEWrapper,
+    LlamafileMoEWrapper,
+    NativeMoEWrapper,
+)
+from .methods import resolve
+from .sft import AMXSFTMoEWrapper
+
+_INFERENCE: dict[str, type[InferenceMoEWrapper]] = {
+    cls.__name__: cls for cls in (AMXMoEWrapper, NativeMoEWrapper, LlamafileMoEWrapper, GeneralMoEWrapper)
+}
+
+
+class KTMoEWrapper(BaseMoEWrapper):
+    """Makes the wrapper of one MoE layer: `KTMoEWrapper(...)` returns an object of the backend class of `method`.
+
+    layer_idx: number of the layer in the weight files, from 0.
+    num_experts, num_experts_per_tok, hidden_size, moe_intermediate_size: the shape of the layer (1..65536 each).
+    num_gpu_experts: experts [0, n) are on the GPU, so this layer gives them no memory and skips them.
+    cpuinfer_threads: threads of the engine, None = one per physical core. threadpool_count: sub-pools, None = one per
+        NUMA node. Layers with equal values share one engine.
+    weight_path: folder of safetensors files, needed by load_weights only.
+    chunked_prefill_size: tokens that are processed at a time; bounds the working memory.
+    cpu_save, max_deferred_experts_per_token: only False and None or 0 so far.
+    method, mode: see `ktmoe.methods.METHODS`; mode is "inference" or "sft".
+    lora_rank (1..4096, tuned for up to 256), lora_alpha, max_cache_depth: only with mode="sft". The LoRA term is scaled
+        by lora_alpha / lora_rank; max_cache_depth forwards may wait for their backward.
+    gpu_experts_mask: bool [num_experts], which experts are on the GPU; wins over num_gpu_experts.
+    numa_nodes: the NUMA node of each sub-pool. swiglu_limit, swiglu_alpha: only 0.0 so far.
+
+    ValueError for an unknown mode, a method of the other mode, and a value out of range; TypeError for a wrong type;
+    NotImplementedError for what is not built yet.
+    """
+
+    _capture_batch_sizes: list[int] = []  # noqa: RUF012  # class-level on purpose, as its clients expect
+
+    def __new__(  # type: ignore[misc]  # a factory: its products are not instances of it
+        cls,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        num_gpu_experts: int = 0,
+        cpuinfer_threads: int | None = None,
+        threadpool_count: int | None = None,
+        weight_path: str | os.PathLike[str] = "",
+        chunked_prefill_size: int = 8192,
+        cpu_save: bool = False,
+        max_deferred_experts_per_token: int | None = None,
+        method: str = "AMXINT4",
+        mode: str = "inference",
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
+        max_cache_depth: int = 1,
+        *,
+        gpu_experts_mask: Tensor | None = None,
+        numa_nodes: Sequence[int] | None = None,
+        swiglu_limit: float = 0.0,
+        swiglu_alpha: float = 0.0,
+    ) -> BaseMoEWrapper:
+        row = resolve(method, mode)
+        config = MoEConfig(
+            layer_idx=layer_idx,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            hidden_size=hidden_size,
+            moe_intermediate_size=moe_intermediate_size,
+            num_gpu_experts=num_gpu_experts,
+            cpuinfer_threads=cpuinfer_threads,
+            threadpool_count=threadpool_count,
+            weight_path=weight_path,  # type: ignore[arg-type]  # becomes a str in the config
+            chunked_prefill_size=chunked_prefill_size,
+            cpu_save=cpu_save,
+            max_deferred_experts_per_token=max_deferred_experts_per_token,
+            gpu_experts_mask=gpu_experts_mask,  # type: ignore[arg-type]  # becomes a tensor in the config
+            numa_nodes=numa_nodes,
+            swiglu_limit=swiglu_limit,
+            swiglu_alpha=swiglu_alpha,
+        )
+        if row.mode == "sft":
+            return AMXSFTMoEWrapper(config, row, SFTConfig(lora_rank, lora_alpha, max_cache_depth))
+        return _INFERENCE[row.backend](config, row)
+
+    # Servers call these before they capture CUDA graphs. There are no captured buffers on the CPU.
+    @staticmethod
+    def set_capture_batch_sizes(capture_bs: Sequence[int]) -> None:
+        """Remembers the batch sizes of a server's CUDA graphs."""
+        KTMoEWrapper._capture_batch_sizes = [int(size) for size in capture_bs]
+
+    @staticmethod
+    def get_capture_batch_sizes() -> list[int]:
+        """The batch sizes set last."""
+        return list(KTMoEWrapper._capture_batch_sizes)
+
+    @staticmethod
+    def clear_buffer_cache() -> None:
+        """Frees buffers that are kept between calls: there are none for CPU tensors."""

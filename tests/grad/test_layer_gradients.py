@@ -1,0 +1,310 @@
+"""Gradients of the layer against float64 autograd (which finite differences prove, tests/oracle).
+
+Bounds: relative L2 of 1e-2 for bf16 and 2e-2 for integer weights, cosine 0.9999. LoRA gradients are compared for all experts at
+once, as an optimiser sees them. A router gradient is one dot product <dy, y>, which may cancel: its error is held against the
+size that such a product of independent vectors has, |dy| |y| / sqrt(hidden), with three standard deviations for few of them.
+"""
+
+import pytest
+import torch
+from oracle.bounds import cosine, relative
+from oracle.experts import LORA_NAMES, Lora, layer_forward
+from oracle.layers import Inputs, Layer, Shape, assert_same, make_inputs, make_lora
+from oracle.registry import BLOCK_ROWS, SCALED, each_format, each_isa
+
+SHAPES = [Shape(4, 2, 64, 48), Shape(8, 3, 100, 70), Shape(3, 2, 160, 33), Shape(2, 1, 96, 272), Shape(2, 2, 290, 40)]
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def grad_out(tokens: int, hidden: int, seed: int = 4) -> torch.Tensor:
+    return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def reference(layer: Layer, x: Inputs, dy: torch.Tensor, lora: Lora | None, scaling: float) -> dict[str, torch.Tensor]:
+    leaves = {"input": x.hidden.double(), "weights": x.weights.double()}
+    leaves |= {n: t.double() for n, t in (lora or {}).items()}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    adapters = {n: leaves[n] for n in LORA_NAMES} if lora else None
+    out = layer_forward(
+        layer.dequantized(), leaves["input"], x.ids, leaves["weights"], adapters, scaling, layer.rounding
+    )
+    grads = torch.autograd.grad(out, list(leaves.values()), dy.double(), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, grads, strict=True))
+
+
+def router_size(layer: Layer, x: Inputs, dy: torch.Tensor, lora: Lora | None, scaling: float) -> float:
+    """Norm over all slots of |dy| |y| / sqrt(hidden)."""
+    total = 0.0
+    for slot in range(layer.shape.top_k):
+        y = torch.from_numpy(layer.reference(Inputs(x.hidden, x.ids, only(x.weights, slot)), lora, scaling))
+        total += float((dy.double().norm(dim=1) * y.norm(dim=1)).square().sum()) / layer.shape.hidden
+    return total**0.5
+
+
+def only(weights: torch.Tensor, slot: int) -> torch.Tensor:
+    one = torch.zeros_like(weights)
+    one[:, slot] = 1
+    return one
+
+
+def check(isa: str, fmt: str, layer: Layer, x: Inputs, lora: Lora | None, scaling: float, what: str) -> None:
+    dy = grad_out(x.tokens, layer.shape.hidden)
+    adapter = layer.adapter(lora, scaling) if lora else None
+    got = layer.backward(layer.train(x, adapter)[1], dy, adapter, lora)
+    want = reference(layer, x, dy, lora, scaling)
+    error = float((got["weights"].double() - want["weights"]).norm())
+    size = router_size(layer, x, dy, lora, scaling)
+    assert error <= 3 * bound_of(fmt) * size, f"{isa}/{fmt} {what}: router gradient is off by {error:.4g} of {size:.4g}"
+    compare(got, {n: g for n, g in want.items() if n != "weights"}, fmt, f"{isa}/{fmt} {what}")
+
+
+def bound_of(fmt: str) -> float:
+    return 2e-2 if fmt in SCALED else 1e-2
+
+
+def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], fmt: str, what: str) -> None:
+    bound = bound_of(fmt)
+    for name, exact in want.items():
+        error = relative(got[name].double().numpy(), exact.numpy())
+        assert error <= bound, f"{what}: gradient of {name} is off by {error:.4f}"
+        if exact.abs().max() > 0:
+            assert cosine(got[name].numpy(), exact.numpy()) >= 0.9999, f"{what}: gradient of {name} has another direction"
+
+
+@each_isa
+@each_format
+@each_shape
+def test_base(isa: str, fmt: str, shape: Shape) -> None:
+    layer = Layer(shape, fmt, isa)
+    for tokens in (1, 2, 3, 20, 50):
+        x = make_inputs(shape, tokens, "mixed" if tokens > 3 else "uniform")
+        check(isa, fmt, layer, x, None, 1.0, f"{shape} tokens={tokens}")
+
+
+@each_isa
+@each_format
+@each_shape
+@pytest.mark.parametrize("rank", [1, 4, 16, 33])
+def test_lora(isa: str, fmt: str, shape: Shape, rank: int) -> None:
+    layer, lora = Layer(shape, fmt, isa), make_lora(shape, rank)
+    for tokens in (2, 40):
+        check(isa, fmt, layer, make_inputs(shape, tokens), lora, 2.5, f"{shape} rank={rank} tokens={tokens}")
+
+
+@each_isa
+@each_format
+def test_more_rows_than_a_block(isa: str, fmt: str) -> None:
+    """Gradients of one expert sum over its blocks."""
+    shape = Shape(2, 1, 64, 48)
+    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
+    tokens = BLOCK_ROWS[isa] + 21
+    check(isa, fmt, layer, make_inputs(shape, tokens, "all to one"), lora, 1.0, f"tokens={tokens}")
+
+
+@each_isa
+@each_format
+@pytest.mark.parametrize("chunk", [7, 16])
+def test_chunks(isa: str, fmt: str, chunk: int) -> None:
+    """Experts that only a later chunk reaches, too."""
+    shape = Shape(8, 2, 64, 48)
+    layer, lora = Layer(shape, fmt, isa, chunk_tokens=chunk), make_lora(shape, 4)
+    x = make_inputs(shape, 40)
+    x.ids[:chunk] = x.ids[:chunk] % 2
+    check(isa, fmt, layer, x, lora, 1.0, f"chunk={chunk}")
+
+
+@each_isa
+@each_format
+def test_adjoint_identity(isa: str, fmt: str) -> None:
+    """<J v, w> = <v, J' w> by a central difference of the float64 layer; the backward is the engine's own."""
+    shape = Shape(4, 2, 100, 70)
+    layer, x, dy = Layer(shape, fmt, isa), make_inputs(Shape(4, 2, 100, 70), 12), grad_out(12, 100)
+    v = torch.randn(12, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    weights, eps = layer.dequantized(), 1e-4
+
+    def f(sign: int) -> torch.Tensor:
+        return layer_forward(weights, x.hidden.double() + sign * eps * v, x.ids, x.weights.double())
+
+    left = float(((f(1) - f(-1)) / (2 * eps) * dy.double()).sum())
+    grads = layer.backward(layer.train(x)[1], dy)["input"].double()
+    assert abs(left - float((v * grads).sum())) <= 2e-2 * float(v.norm() * grads.norm()) / 12**0.5
+
+
+@each_isa
+@each_format
+def test_zero_b_leaves_the_base_and_gives_no_gradient_to_a(isa: str, fmt: str) -> None:
+    shape = Shape(4, 2, 100, 70)
+    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
+    lora |= {n: torch.zeros_like(lora[n]) for n in ("gate_b", "up_b", "down_b")}
+    adapter = layer.adapter(lora)
+    x, dy = make_inputs(shape, 30), grad_out(30, 100)
+    out, cache = layer.train(x, adapter)
+    assert_same(out, layer.forward(x), "output")
+    grads = layer.backward(cache, dy, adapter, lora)
+    base = layer.backward(layer.train(x)[1], dy)
+    for name in ("input", "weights"):
+        assert_same(grads[name], base[name], name)
+    for name in ("gate_a", "up_a", "down_a"):
+        assert (grads[name] == 0).all(), name
+    for name in ("gate_b", "up_b", "down_b"):
+        assert (grads[name] != 0).any(), name
+
+
+@each_isa
+@each_format
+def test_idle_experts_have_zero_gradients(isa: str, fmt: str) -> None:
+    shape = Shape(6, 2, 64, 48)
+    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 3)
+    adapter = layer.adapter(lora)
+    x, dy = make_inputs(shape, 20), grad_out(20, 64)
+    x.ids = x.ids % 2 * 3  # experts 0 and 3
+    x.ids[4] = -1
+    grads = layer.backward(layer.train(x, adapter)[1], dy, adapter, lora)
+    for name in LORA_NAMES:
+        for e in range(6):
+            assert bool((grads[name][e] != 0).any()) == (e in (0, 3)), f"{name} of expert {e}"
+    assert (grads["input"][4] == 0).all()
+    assert (grads["weights"][4] == 0).all()
+
+
+@each_isa
+@each_format
+def test_nothing_routed_and_no_tokens(isa: str, fmt: str) -> None:
+    shape = Shape(3, 2, 64, 48)
+    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 3)
+    adapter = layer.adapter(lora)
+    x = make_inputs(shape, 5, "masked")
+    for inputs in (x, x.part(slice(0, 0))):
+        _, cache = layer.train(inputs, adapter)
+        grads = layer.backward(cache, grad_out(inputs.tokens, 64), adapter, lora)
+        assert all((g == 0).all() for g in grads.values())
+
+
+@each_isa
+@each_format
+def test_a_shared_a_gets_the_sum_of_both_gradients(isa: str, fmt: str) -> None:
+    """PEFT uses one A for gate and up."""
+    shape = Shape(4, 2, 100, 70)
+    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 8)
+    lora["up_a"] = lora["gate_a"]
+    adapter = layer.adapter(lora)
+    x, dy = make_inputs(shape, 30), grad_out(30, 100)
+    got = layer.backward(layer.train(x, adapter)[1], dy, adapter, lora)
+
+    a = lora["gate_a"].double().requires_grad_()
+    exact = {n: t.double() for n, t in lora.items()} | {"gate_a": a, "up_a": a}
+    out = layer_forward(layer.dequantized(), x.hidden.double(), x.ids, x.weights.double(), exact, 1.0, layer.rounding)
+    (want,) = torch.autograd.grad(out, a, dy.double())
+    compare({"shared a": got["gate_a"] + got["up_a"]}, {"shared a": want}, fmt, "shared A")
+
+
+@each_isa
+@each_format
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_micro_batches_sum_to_one_batch(isa: str, fmt: str, pieces: int) -> None:
+    shape = Shape(4, 2, 64, 48)
+    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
+    adapter = layer.adapter(lora)
+    x, dy = make_inputs(shape, 40), grad_out(40, 64)
+    whole = layer.backward(layer.train(x, adapter)[1], dy, adapter, lora)
+    rows = [slice(40 * i // pieces, 40 * (i + 1) // pieces) for i in range(pieces)]
+    caches = [layer.train(x.part(r), adapter)[1] for r in rows]  # all forwards first: the caches are independent
+    parts = [layer.backward(c, dy[r], adapter, lora) for c, r in zip(caches, rows, strict=True)]
+    for name in LORA_NAMES:
+        total = sum(p[name].double() for p in parts)
+        assert relative(total.numpy(), whole[name].double().numpy()) <= (2e-2 if fmt in SCALED else 1e-2), name
+    for name in ("input", "weights"):
+        joined = torch.cat([p[name] for p in parts])
+        assert relative(joined.double().numpy(), whole[name].double().numpy()) <= 1e-2, name
+
+
+@each_isa
+@each_format
+def test_a_cache_may_be_used_twice_and_owns_its_copies(isa: str, fmt: str) -> None:
+    shape = Shape(4, 2, 64, 48)
+    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
+    adapter = layer.adapter(lora)
+    x, dy = make_inputs(shape, 20), grad_out(20, 64)
+    _, cache = layer.train(x, adapter)
+    assert cache.n_tokens == 20
+    assert cache.nbytes > 20 * 64 * 2
+    first = layer.backward(cache, dy, adapter, lora)
+    for t in (x.hidden, x.ids, x.weights):
+        t.zero_()
+    layer.forward(make_inputs(shape, 33, seed=8), adapter)
+    for name, again in layer.backward(cache, dy, adapter, lora).items():
+        assert_same(again, first[name], name)
+
+
+@each_isa
+@each_format
+def test_outputs_may_be_left_out(isa: str, fmt: str) -> None:
+    """Each output alone has the bits that it has with all others; grad_in in bf16 is the fp32 one rounded once."""
+    shape = Shape(4, 2, 70, 40)
+    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
+    adapter = layer.adapter(lora)
+    x, dy = make_inputs(shape, 20), grad_out(20, 70)
+    _, cache = layer.train(x, adapter)
+    want = layer.backward(cache, dy, adapter, lora)
+    narrow = torch.full((20, 70), torch.nan, dtype=torch.bfloat16)
+    layer.engine.backward(cache, dy, adapter, narrow, None, None)
+    assert_same(narrow, want["input"].bfloat16(), "bf16 input gradient")
+    weights = torch.full((20, 2), torch.nan)
+    layer.engine.backward(cache, dy, adapter, None, weights, None)
+    assert_same(weights, want["weights"], "weights")
+    six = [torch.full(lora[n].shape, torch.nan) for n in LORA_NAMES]
+    layer.engine.backward(cache, dy, adapter, None, None, six)
+    for name, got in zip(LORA_NAMES, six, strict=True):
+        assert_same(got, want[name], name)
+
+
+@each_isa
+@each_format
+def test_strided_rows_of_grad_out(isa: str, fmt: str) -> None:
+    shape = Shape(4, 2, 70, 40)
+    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
+    adapter = layer.adapter(lora)
+    x, dy = make_inputs(shape, 20), grad_out(20, 70)
+    _, cache = layer.train(x, adapter)
+    wide = torch.full((20, 150), torch.nan, dtype=torch.bfloat16)
+    wide[:, 40:110] = dy
+    got = layer.backward(cache, wide[:, 40:110], adapter, lora)
+    for name, want in layer.backward(cache, dy, adapter, lora).items():
+        assert_same(got[name], want, name)
+
+
+def test_lora_updated_after_the_forward() -> None:
+    shape = Shape(4, 2, 64, 48)
+    layer, lora = Layer(shape, "bf16", ""), make_lora(shape, 4)
+    adapter = layer.adapter(lora)
+    _, cache = layer.train(make_inputs(shape, 5), adapter)
+    adapter.update(layer.pool, *(lora[n] for n in LORA_NAMES))
+    assert adapter.version == 2
+    with pytest.raises(RuntimeError, match="^LoRA weights changed between forward and backward"):
+        layer.backward(cache, grad_out(5, 64), adapter, lora)
+
+
+@pytest.mark.xfail(strict=True, reason="engine bug: backward compares version numbers, which count for each adapter alone")
+def test_another_adapter_than_the_forward_had() -> None:
+    """Its version number may be the same; its weights are not."""
+    shape = Shape(4, 2, 64, 48)
+    layer = Layer(shape, "bf16", "")
+    used, other = layer.adapter(make_lora(shape, 4)), layer.adapter(make_lora(shape, 4, seed=1))
+    _, cache = layer.train(make_inputs(shape, 5), used)
+    with pytest.raises((RuntimeError, ValueError)):
+        layer.backward(cache, grad_out(5, 64), other)
+
+
+@pytest.mark.xfail(strict=True, reason="engine bug: a cache knows its layer by address, and addresses come back")
+def test_a_cache_of_a_layer_that_is_gone() -> None:
+    """A new layer may lie at the same address; it must not take the old one's cache for its own."""
+    small, large = Shape(4, 2, 64, 48), Shape(4, 2, 128, 48)
+    pool = Layer(small, "bf16", "").pool
+    for _ in range(20):
+        old = Layer(small, "bf16", "", pool=pool)
+        _, cache = old.train(make_inputs(small, 5))
+        del old
+        new = Layer(large, "bf16", "", pool=pool)
+        with pytest.raises(ValueError, match="cache: got one of another layer"):
+            new.backward(cache, grad_out(5, 128))

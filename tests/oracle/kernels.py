@@ -1,0 +1,142 @@
+"""The single kernels of one level on NumPy arrays; `place` decides where every operand lies."""
+
+import numpy as np
+
+from ktmoe import _ext
+
+from . import bf16, layout
+from .formats import ORACLES
+from .memory import Heap, Place, put, put_rows
+
+_k = _ext.testing
+
+
+def _rows(values: np.ndarray) -> object:
+    return bf16.tensor(values) if values.dtype == np.uint16 else values
+
+
+class Kernels:
+    def __init__(self, isa: str, fmt: str = "bf16", place: Place | None = None) -> None:
+        self.isa, self.fmt, self.oracle = isa, fmt, ORACLES[fmt]
+        self.place: Place = place or Heap()
+
+    def _index(self, index: np.ndarray | None) -> np.ndarray | None:
+        return None if index is None else put(self.place, index.astype(np.int32), 4)
+
+    # --- weights ---
+    def pack(self, w: np.ndarray, up: np.ndarray | None = None, ld: int | None = None, zeroed: bool = True) -> np.ndarray:
+        """Packed bytes of bf16 bits [n, k]."""
+        n, k = w.shape
+        dst = self.place.empty((layout.packed_bytes(self.fmt, layout.n_panels(n, up is not None), k),), np.uint8)
+        if zeroed:
+            dst[...] = 0
+        gate = put_rows(self.place, w, ld or k)
+        _k.pack(self.isa, self.fmt, _rows(gate), None if up is None else _rows(put_rows(self.place, up, ld or k)), dst)
+        return dst
+
+    # --- forward ---
+    def quantize_rows(self, x: np.ndarray, ld: int, padded: int) -> tuple[np.ndarray, np.ndarray]:
+        q = self.place.empty((len(x), padded), np.int8)
+        scale = self.place.empty((len(x),), np.float32, 4)
+        _k.quantize_rows(self.isa, _rows(put_rows(self.place, x, ld)), q, scale)
+        return q, scale
+
+    def operand(
+        self, rows: np.ndarray, m: int, k: int, scale: np.ndarray | None = None, index: np.ndarray | None = None, ld: int = 0
+    ) -> np.ndarray:
+        """rows: bf16 bits [*, k], or int8 [*, k padded] with their scales."""
+        dst = self.place.empty((int(_k.operand_bytes(self.isa, self.fmt, m, k)),), np.uint8)
+        source = put_rows(self.place, rows, ld or rows.shape[1])
+        scales = None if scale is None else put(self.place, scale, 4)
+        _k.pack_operand(self.isa, self.fmt, _rows(source), self._index(index), scales, m, k, dst)
+        return dst
+
+    def _c(self, blocks: int, m: int, start: np.ndarray | None) -> np.ndarray:
+        c = self.place.empty((blocks, -(-m // 32) * 32, 32), np.float32)
+        if start is not None:
+            c[:, :m] = start
+        return c
+
+    def forward(
+        self,
+        operand: np.ndarray,
+        m: int,
+        packed: np.ndarray,
+        panels: int,
+        k: int,
+        part: tuple[int, int] | None = None,
+        start: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """C blocks [panels, m, 32]; `start` is accumulated to."""
+        p0, p1 = part or (0, panels)
+        c = self._c(p1 - p0, m, start)
+        _k.forward(self.isa, self.fmt, operand, m, packed, panels, k, p0, p1, c, start is not None)
+        return c[:, :m]
+
+    # --- backward ---
+    def grad_operand(
+        self,
+        dy: np.ndarray,
+        m: int,
+        panels: int,
+        column_scale: np.ndarray | None = None,
+        index: np.ndarray | None = None,
+        ld: int = 0,
+    ) -> np.ndarray:
+        dst = self.place.empty((int(_k.grad_operand_bytes(self.isa, m, panels)),), np.uint8)
+        source = put_rows(self.place, dy, ld or dy.shape[1])
+        scale = None if column_scale is None else put(self.place, column_scale, 4)
+        _k.pack_grad_operand(self.isa, _rows(source), self._index(index), scale, m, dy.shape[1], panels, dst)
+        return dst
+
+    def backward(
+        self,
+        operand: np.ndarray,
+        m: int,
+        packed: np.ndarray,
+        panels: int,
+        k: int,
+        part: tuple[int, int] | None = None,
+        start: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """dY W, [m, columns of the k-steps of `part`] in natural order."""
+        step = self.oracle.k_step
+        s0, s1 = part or (0, -(-k // step))
+        blocks = (s1 - s0) * step // 32
+        c = self._c(blocks, m, None if start is None else start.reshape(m, blocks, 32).swapaxes(0, 1))
+        _k.backward(self.isa, self.fmt, operand, m, packed, panels, k, s0, s1, c, start is not None)
+        return c[:, :m].swapaxes(0, 1).reshape(m, blocks * 32)
+
+    # --- gradients of small matrices ---
+    def outer(
+        self,
+        p: np.ndarray,
+        q: np.ndarray,
+        stride: int,
+        tiles: int,
+        index: np.ndarray | None = None,
+        start: np.ndarray | None = None,
+        p_ld: int = 0,
+        q_ld: int = 0,
+        out_ld: int = 0,
+    ) -> np.ndarray:
+        m, columns = p.shape
+        dst = self.place.empty((int(_k.outer_operand_bytes(self.isa, m, columns)),), np.uint8)
+        _k.pack_outer_operand(self.isa, _rows(put_rows(self.place, p, p_ld or columns)), m, columns, dst)
+        first = np.zeros((columns, 16 * tiles), np.float32) if start is None else start
+        out = put_rows(self.place, first, out_ld or 16 * tiles)
+        if start is None:
+            out[...] = np.nan
+        source = put_rows(self.place, q, q_ld or q.shape[1])
+        _k.outer(self.isa, dst, m, columns, _rows(source), self._index(index), stride, tiles, out, start is not None)
+        return out
+
+    # --- elementwise ---
+    def swiglu(self, c: np.ndarray, h_ld: int = 0, gate_up_ld: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """c [panels, m, 32] -> h and gate|up as bf16 bits."""
+        panels, m, _ = c.shape
+        blocks = self._c(panels, m, c)
+        h = put_rows(self.place, np.zeros((m, 16 * panels), np.uint16), h_ld or 16 * panels)
+        gate_up = put_rows(self.place, np.zeros((m, 32 * panels), np.uint16), gate_up_ld or 32 * panels)
+        _k.swiglu(self.isa, blocks, m, panels, _rows(h), _rows(gate_up))
+        return h, gate_up

@@ -1,0 +1,139 @@
+"""The engine: planning threads, sharing, warnings."""
+
+import logging
+import os
+
+import pytest
+import torch_oracle as ref
+
+from ktmoe import runtime
+from ktmoe.runtime import CPUInfer, WorkerPoolConfig, get_engine
+
+SHAPE = ref.Shape()
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(runtime, "_engines", {})
+    monkeypatch.setattr(runtime, "_warned", set())
+
+
+def test_equal_configurations_share_an_engine(caplog) -> None:
+    with caplog.at_level(logging.WARNING, "ktmoe"):
+        a, b = ref.make(SHAPE, "BF16"), ref.make(SHAPE, "AMXINT8_SFT")
+        assert a.cpu_infer is b.cpu_infer
+        assert get_engine(WorkerPoolConfig(1, [0], [1])) is a.cpu_infer
+        assert not caplog.records
+        other = get_engine(WorkerPoolConfig(2, (0, 0), (1, 1)))
+        assert other is not a.cpu_infer
+        assert other.pool.threads == 2
+        assert get_engine(WorkerPoolConfig(2, [0, 0], [1, 1])) is other
+    assert len(caplog.records) == 1
+    assert "second thread pool" in caplog.text
+
+
+def test_more_subpools_than_nodes_is_one_warning_and_works(caplog) -> None:
+    with caplog.at_level(logging.WARNING, "ktmoe"):
+        for _ in range(3):
+            wrapper = ref.loaded(SHAPE, "BF16", cpuinfer_threads=2, threadpool_count=9)
+    assert wrapper.cpu_infer.config.subpool_count == 9
+    assert len([r for r in caplog.records if "threadpool_count=9" in r.getMessage()]) == 1
+    inputs = ref.batch(SHAPE, 4)
+    assert ref.row_error(wrapper.forward(*inputs), ref.forward(wrapper, *inputs)) <= ref.FORWARD_TOLERANCE
+
+
+def plan(monkeypatch, cpus, nodes, *arguments):
+    monkeypatch.setattr(runtime, "usable_cpus", lambda: frozenset(range(cpus)))
+    monkeypatch.setattr(runtime, "physical_cores", lambda cpus: max(1, len(cpus) // 2))
+    monkeypatch.setattr(runtime, "numa_nodes", lambda cpus: nodes)
+    config = WorkerPoolConfig.plan(*arguments)
+    return config.subpool_numa_map, config.subpool_thread_count
+
+
+@pytest.mark.parametrize(
+    ("cpus", "nodes", "arguments", "want"),
+    [
+        (64, (0, 1), (None, None), ((0, 1), (16, 16))),
+        (64, (0, 1), (60, 4), ((0, 1, 0, 1), (15, 15, 15, 15))),
+        (64, (0, 1), (7, 2), ((0, 1), (4, 3))),
+        (64, (2, 5), (4, 2), ((2, 5), (2, 2))),
+        (64, (0, 1), (4, 2, [1, 1]), ((1, 1), (2, 2))),
+        (64, (0, 1), (4, 2, [1, 9]), ((1, 1), (2, 2))),
+        (2, (0,), (60, 4), ((0, 0, 0, 0), (1, 1, 1, 1))),
+        (2, (0,), (60, 1), ((0,), (2,))),
+        (1, (0,), (None, None), ((0,), (1,))),
+    ],
+)
+def test_plan(monkeypatch, cpus, nodes, arguments, want) -> None:
+    assert plan(monkeypatch, cpus, nodes, *arguments) == want
+
+
+def test_too_many_threads_are_cut_with_a_warning(monkeypatch, caplog) -> None:
+    with caplog.at_level(logging.WARNING, "ktmoe"):
+        assert plan(monkeypatch, 4, (0,), 60, 1) == ((0,), (4,))
+        assert plan(monkeypatch, 4, (0,), 60, 1) == ((0,), (4,))
+    assert caplog.text.count("cpuinfer_threads=60") == 1
+
+
+def test_this_machine() -> None:
+    cpus = runtime.usable_cpus()
+    assert cpus == os.sched_getaffinity(0)
+    assert 1 <= runtime.physical_cores(cpus) <= len(cpus)
+    assert runtime.numa_nodes(cpus)
+    assert runtime.numa_nodes(frozenset()) == (0,)
+    assert runtime.physical_cores(frozenset({10**6})) == 1
+
+
+def test_cpu_lists(tmp_path) -> None:
+    path = tmp_path / "list"
+    path.write_text("0-3,8,10-11\n")
+    assert runtime._cpu_list(str(path)) == [0, 1, 2, 3, 8, 10, 11]
+    path.write_text("\n")
+    assert runtime._cpu_list(str(path)) == []
+    assert runtime._cpu_list(str(tmp_path / "absent")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((0, [], []), ValueError),
+        ((2, [0], [1, 1]), ValueError),
+        ((1, [0], [1, 1]), ValueError),
+        ((1, [-1], [1]), ValueError),
+        ((1, [0], [0]), ValueError),
+        ((1.5, [0], [1]), TypeError),
+        ((1, [0], ["1"]), TypeError),
+    ],
+)
+def test_bad_pool_config(arguments, error) -> None:
+    with pytest.raises(error):
+        WorkerPoolConfig(*arguments)
+
+
+def test_the_queue_is_made_on_first_use_and_closed() -> None:
+    engine = CPUInfer(WorkerPoolConfig(1, [0], [1]))
+    engine.sync()
+    engine.close(0.1)
+    assert engine._queue is None
+    queue = engine.queue
+    assert engine.queue is queue
+    engine.sync()
+    engine.close(0.1)
+
+
+def test_isa_without_amx(monkeypatch) -> None:
+    class Ext:
+        active = "amx"
+
+        @staticmethod
+        def active_isa():
+            return Ext.active
+
+        @staticmethod
+        def isa_levels():
+            return ["amx", "avx512", "avx2", "portable"]
+
+    monkeypatch.setattr(runtime, "_ext", Ext)
+    assert runtime.isa_without_amx() == "avx512"
+    Ext.active = "avx2"
+    assert runtime.isa_without_amx() == "avx2"
