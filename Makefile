@@ -22,7 +22,7 @@ demo: build  ## make a small MoE model, fine-tune it on the standard library's d
 	$(VENV)/bin/ktmoe demo $(ARGS)
 
 test: build
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q -n auto --dist loadfile $(ARGS)
 
 lint: build
 	$(VENV)/bin/ruff check .

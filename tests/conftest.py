@@ -1,4 +1,4 @@
-"""Makes `oracle` importable for every test folder, and fixes what would make a run differ from the last one."""
+"""Fixes what would make a test run differ from the last one."""
 
 import torch
 from hypothesis import HealthCheck, settings

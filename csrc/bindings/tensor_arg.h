@@ -69,6 +69,7 @@ class TensorArg {
     fail(ErrorKind::value, where_, " shape: got [", got, "], expected [", want, "]");
   }
   TensorArg& contiguous() {
+    if (a_.nbytes() == 0) return *this;  // strides of nothing mean nothing
     std::int64_t stride = 1;
     for (std::size_t i = a_.ndim(); i-- > 0;) {
       require(a_.shape(i) <= 1 || a_.stride(i) == stride, ErrorKind::value, where_, " strides: got ", a_.stride(i), " in dimension ", i,
@@ -78,7 +79,7 @@ class TensorArg {
     return *this;
   }
   TensorArg& rows_contiguous() {
-    require(a_.shape(1) <= 1 || a_.stride(1) == 1, ErrorKind::value, where_, " strides: got ", a_.stride(1),
+    require(a_.nbytes() == 0 || a_.shape(1) <= 1 || a_.stride(1) == 1, ErrorKind::value, where_, " strides: got ", a_.stride(1),
             " in the last dimension, expected 1");
     return *this;
   }

@@ -76,8 +76,10 @@ class LoraAdapter:
         down_b: Array,  # [n_experts, hidden, rank]
     ) -> None:
         """Copies (rounds to bf16) the six tensors. Bumps `version`."""
-    rank: int
-    scaling: float
+    @property
+    def rank(self) -> int: ...
+    @property
+    def scaling(self) -> float: ...
     @property
     def version(self) -> int:
         """0 before the first update."""
@@ -124,8 +126,8 @@ class MoeLayer:
     def forward(
         self,
         hidden: Array,  # [n_tokens, hidden] bf16, last stride 1
-        ids: Array,  # [n_tokens, top_k] int32 | int64; -1 and n_experts mean "not routed here"
-        weights: Array,  # [n_tokens, top_k] fp32 | bf16
+        ids: Array,  # [n_tokens, top_k] int32 | int64, C-contiguous; -1 and n_experts mean "not routed here"
+        weights: Array,  # [n_tokens, top_k] fp32 | bf16, C-contiguous
         out: Array,  # [n_tokens, hidden] bf16, C-contiguous, not overlapping hidden
         lora: LoraAdapter | None = None,
     ) -> None: ...

@@ -29,8 +29,8 @@ def select_deferred_experts(expert_ids: Tensor, scores: Tensor, protected_k: int
     keep = min(max(int(protected_k), 0), expert_ids.shape[1])
     if keep == 0:
         return absent, expert_ids.clone()
-    # An absent slot must neither win a place among the best nor bring -1 into the set of experts.
+    # An absent slot must not win a place among the best. Where it does for want of others it stays -1 in both results.
     ranked = scores.masked_fill(expert_ids < 0, float("-inf"))
     best = expert_ids.gather(1, ranked.topk(keep, dim=1).indices)
-    now = torch.isin(expert_ids, best[best >= 0])
+    now = torch.isin(expert_ids, best)
     return torch.where(now, expert_ids, absent), torch.where(now, absent, expert_ids)

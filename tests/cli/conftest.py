@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 
 ROWS = [(f"What is {a} plus {b}?", f"It is {a + b}.") for a in range(6) for b in range(4)]
 
@@ -27,7 +24,7 @@ def _plain_output() -> None:
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Qwen3-MoE with a byte-level tokenizer and a chat template."""
-    from tiny_models import make_checkpoint
+    from hf.tiny_models import make_checkpoint
 
     from ktmoe.cli.demo_model import train_tokenizer
 

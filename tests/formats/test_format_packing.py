@@ -13,7 +13,19 @@ from oracle.registry import FORMATS, ISAS, each_format, each_isa
 from ktmoe import _ext
 
 # rows, k: every granule (16, 32 columns; k-steps 32, 64) at, below and above its size; 512 and 1024: panels 32 KB apart
-SHAPES = [(1, 1), (16, 32), (15, 31), (17, 33), (32, 64), (33, 65), (31, 63), (48, 128), (70, 100), (40, 512), (33, 1024)]
+SHAPES = [
+    (1, 1),
+    (16, 32),
+    (15, 31),
+    (17, 33),
+    (32, 64),
+    (33, 65),
+    (31, 63),
+    (48, 128),
+    (70, 100),
+    (40, 512),
+    (33, 1024),
+]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 each_pairing = pytest.mark.parametrize("paired", [False, True], ids=["plain", "paired"])
 

@@ -1,23 +1,20 @@
 """Gradients of the layer against float64 autograd (which finite differences prove, tests/oracle).
 
-Bounds: relative L2 of 1e-2 for bf16 and 2e-2 for integer weights, cosine 0.9999. LoRA gradients are compared for all experts at
-once, as an optimiser sees them. A router gradient is one dot product <dy, y>, which may cancel: its error is held against the
-size that such a product of independent vectors has, |dy| |y| / sqrt(hidden), with three standard deviations for few of them.
+Bounds: relative L2 of 1e-2 for bf16 and 2e-2 for integer weights, cosine 0.9999. LoRA gradients are compared for all
+experts at once, as an optimiser sees them. Two exceptions are for dot products that may cancel, where three standard
+deviations are allowed: a router gradient is one product <dy, y>, held against the size that it has for independent
+vectors, |dy| |y| / sqrt(hidden); and the gradient of A for few tokens and a small rank is a few products <dG, B>.
 """
 
 import pytest
 import torch
 from oracle.bounds import cosine, relative
 from oracle.experts import LORA_NAMES, Lora, layer_forward
-from oracle.layers import Inputs, Layer, Shape, assert_same, make_inputs, make_lora
+from oracle.layers import Inputs, Layer, Shape, assert_same, grad_out, make_inputs, make_lora
 from oracle.registry import BLOCK_ROWS, SCALED, each_format, each_isa
 
 SHAPES = [Shape(4, 2, 64, 48), Shape(8, 3, 100, 70), Shape(3, 2, 160, 33), Shape(2, 1, 96, 272), Shape(2, 2, 290, 40)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-def grad_out(tokens: int, hidden: int, seed: int = 4) -> torch.Tensor:
-    return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
 def reference(layer: Layer, x: Inputs, dy: torch.Tensor, lora: Lora | None, scaling: float) -> dict[str, torch.Tensor]:
@@ -56,20 +53,23 @@ def check(isa: str, fmt: str, layer: Layer, x: Inputs, lora: Lora | None, scalin
     error = float((got["weights"].double() - want["weights"]).norm())
     size = router_size(layer, x, dy, lora, scaling)
     assert error <= 3 * bound_of(fmt) * size, f"{isa}/{fmt} {what}: router gradient is off by {error:.4g} of {size:.4g}"
-    compare(got, {n: g for n, g in want.items() if n != "weights"}, fmt, f"{isa}/{fmt} {what}")
+    few = lora is not None and x.tokens * layer.shape.top_k * lora["gate_a"].shape[1] < 16
+    compare(got, {n: g for n, g in want.items() if n != "weights"}, fmt, f"{isa}/{fmt} {what}", 3 if few else 1)
 
 
 def bound_of(fmt: str) -> float:
     return 2e-2 if fmt in SCALED else 1e-2
 
 
-def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], fmt: str, what: str) -> None:
-    bound = bound_of(fmt)
+def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], fmt: str, what: str, slack: int = 1) -> None:
+    bound = slack * bound_of(fmt)
     for name, exact in want.items():
         error = relative(got[name].double().numpy(), exact.numpy())
         assert error <= bound, f"{what}: gradient of {name} is off by {error:.4f}"
         if exact.abs().max() > 0:
-            assert cosine(got[name].numpy(), exact.numpy()) >= 0.9999, f"{what}: gradient of {name} has another direction"
+            assert cosine(got[name].numpy(), exact.numpy()) >= 1 - 1e-4 * slack**2, (
+                f"{what}: {name} has another direction"
+            )
 
 
 @each_isa
@@ -217,94 +217,3 @@ def test_micro_batches_sum_to_one_batch(isa: str, fmt: str, pieces: int) -> None
     for name in ("input", "weights"):
         joined = torch.cat([p[name] for p in parts])
         assert relative(joined.double().numpy(), whole[name].double().numpy()) <= 1e-2, name
-
-
-@each_isa
-@each_format
-def test_a_cache_may_be_used_twice_and_owns_its_copies(isa: str, fmt: str) -> None:
-    shape = Shape(4, 2, 64, 48)
-    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
-    adapter = layer.adapter(lora)
-    x, dy = make_inputs(shape, 20), grad_out(20, 64)
-    _, cache = layer.train(x, adapter)
-    assert cache.n_tokens == 20
-    assert cache.nbytes > 20 * 64 * 2
-    first = layer.backward(cache, dy, adapter, lora)
-    for t in (x.hidden, x.ids, x.weights):
-        t.zero_()
-    layer.forward(make_inputs(shape, 33, seed=8), adapter)
-    for name, again in layer.backward(cache, dy, adapter, lora).items():
-        assert_same(again, first[name], name)
-
-
-@each_isa
-@each_format
-def test_outputs_may_be_left_out(isa: str, fmt: str) -> None:
-    """Each output alone has the bits that it has with all others; grad_in in bf16 is the fp32 one rounded once."""
-    shape = Shape(4, 2, 70, 40)
-    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
-    adapter = layer.adapter(lora)
-    x, dy = make_inputs(shape, 20), grad_out(20, 70)
-    _, cache = layer.train(x, adapter)
-    want = layer.backward(cache, dy, adapter, lora)
-    narrow = torch.full((20, 70), torch.nan, dtype=torch.bfloat16)
-    layer.engine.backward(cache, dy, adapter, narrow, None, None)
-    assert_same(narrow, want["input"].bfloat16(), "bf16 input gradient")
-    weights = torch.full((20, 2), torch.nan)
-    layer.engine.backward(cache, dy, adapter, None, weights, None)
-    assert_same(weights, want["weights"], "weights")
-    six = [torch.full(lora[n].shape, torch.nan) for n in LORA_NAMES]
-    layer.engine.backward(cache, dy, adapter, None, None, six)
-    for name, got in zip(LORA_NAMES, six, strict=True):
-        assert_same(got, want[name], name)
-
-
-@each_isa
-@each_format
-def test_strided_rows_of_grad_out(isa: str, fmt: str) -> None:
-    shape = Shape(4, 2, 70, 40)
-    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
-    adapter = layer.adapter(lora)
-    x, dy = make_inputs(shape, 20), grad_out(20, 70)
-    _, cache = layer.train(x, adapter)
-    wide = torch.full((20, 150), torch.nan, dtype=torch.bfloat16)
-    wide[:, 40:110] = dy
-    got = layer.backward(cache, wide[:, 40:110], adapter, lora)
-    for name, want in layer.backward(cache, dy, adapter, lora).items():
-        assert_same(got[name], want, name)
-
-
-def test_lora_updated_after_the_forward() -> None:
-    shape = Shape(4, 2, 64, 48)
-    layer, lora = Layer(shape, "bf16", ""), make_lora(shape, 4)
-    adapter = layer.adapter(lora)
-    _, cache = layer.train(make_inputs(shape, 5), adapter)
-    adapter.update(layer.pool, *(lora[n] for n in LORA_NAMES))
-    assert adapter.version == 2
-    with pytest.raises(RuntimeError, match="^LoRA weights changed between forward and backward"):
-        layer.backward(cache, grad_out(5, 64), adapter, lora)
-
-
-@pytest.mark.xfail(strict=True, reason="engine bug: backward compares version numbers, which count for each adapter alone")
-def test_another_adapter_than_the_forward_had() -> None:
-    """Its version number may be the same; its weights are not."""
-    shape = Shape(4, 2, 64, 48)
-    layer = Layer(shape, "bf16", "")
-    used, other = layer.adapter(make_lora(shape, 4)), layer.adapter(make_lora(shape, 4, seed=1))
-    _, cache = layer.train(make_inputs(shape, 5), used)
-    with pytest.raises((RuntimeError, ValueError)):
-        layer.backward(cache, grad_out(5, 64), other)
-
-
-@pytest.mark.xfail(strict=True, reason="engine bug: a cache knows its layer by address, and addresses come back")
-def test_a_cache_of_a_layer_that_is_gone() -> None:
-    """A new layer may lie at the same address; it must not take the old one's cache for its own."""
-    small, large = Shape(4, 2, 64, 48), Shape(4, 2, 128, 48)
-    pool = Layer(small, "bf16", "").pool
-    for _ in range(20):
-        old = Layer(small, "bf16", "", pool=pool)
-        _, cache = old.train(make_inputs(small, 5))
-        del old
-        new = Layer(large, "bf16", "", pool=pool)
-        with pytest.raises(ValueError, match="cache: got one of another layer"):
-            new.backward(cache, grad_out(5, 128))

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from tiny_models import make_checkpoint
+from hf.tiny_models import make_checkpoint
 from transformers.utils import logging
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, HIDDEN, INTER, make_checkpoint, tokens
+from hf.tiny_models import FAMILIES, HIDDEN, INTER, make_checkpoint, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hf.tiny_models import FAMILIES, tokens
 from peft import PeftModel, get_peft_model
-from tiny_models import FAMILIES, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import make_checkpoint
+from hf.tiny_models import make_checkpoint
 
 pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")

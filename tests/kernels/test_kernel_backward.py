@@ -32,7 +32,9 @@ class Problem:
         step = self.kernels.oracle.k_step
         return -(-self.k // step) * step
 
-    def operand(self, m: int, scale: np.ndarray | None = None, index: np.ndarray | None = None, ld: int = 0) -> np.ndarray:
+    def operand(
+        self, m: int, scale: np.ndarray | None = None, index: np.ndarray | None = None, ld: int = 0
+    ) -> np.ndarray:
         return self.kernels.grad_operand(self.dy, m, self.panels, scale, index, ld)
 
     def run(self, m: int, operand: np.ndarray, **options: object) -> np.ndarray:

@@ -57,7 +57,9 @@ def small_kernels(isa: str, place: Place, m: int) -> dict[str, np.ndarray]:
     out = {}
     for columns, tiles in ((1, 1), (17, 3)):
         p, q = bf16.normal(rng, m, columns), bf16.normal(rng, m + 2, 16 * tiles)
-        out[f"outer {columns}"] = kernels.outer(p, q[:m], 16, tiles, p_ld=columns + 1, q_ld=16 * tiles + 7, out_ld=16 * tiles + 5)
+        out[f"outer {columns}"] = kernels.outer(
+            p, q[:m], 16, tiles, p_ld=columns + 1, q_ld=16 * tiles + 7, out_ld=16 * tiles + 5
+        )
         wide, index = bf16.normal(rng, m + 2, 32 * (tiles - 1) + 16), rng.integers(0, m + 2, m)
         start = rng.standard_normal((columns, 16 * tiles), dtype=np.float32)
         out[f"outer gathered {columns}"] = kernels.outer(p, wide, 32, tiles, index=index, start=start)
@@ -93,7 +95,11 @@ def test_small_kernels(isa: str, side: str) -> None:
         for m in ROWS:
             say(f"m={m}")
             place = Guarded(side)
-            compare(small_kernels(isa, place, min(m, BLOCK_ROWS[isa])), small_kernels(isa, Heap(), min(m, BLOCK_ROWS[isa])), f"m={m}")
+            compare(
+                small_kernels(isa, place, min(m, BLOCK_ROWS[isa])),
+                small_kernels(isa, Heap(), min(m, BLOCK_ROWS[isa])),
+                f"m={m}",
+            )
             place.assert_slack_untouched()
 
     child.run(body).check()

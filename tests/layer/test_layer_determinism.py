@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle.layers import Inputs, Layer, Shape, assert_same, make_inputs, make_lora
+from oracle.layers import Inputs, Layer, Shape, assert_same, grad_out, make_inputs, make_lora
 from oracle.registry import BLOCK_ROWS, each_format, each_isa
 
 THREADS = [2, 3, 5]
@@ -14,10 +14,6 @@ CASES = {
     "unbalanced": (Shape(6, 1, 130, 70), 40, "all to one"),
 }
 each_case = pytest.mark.parametrize("case", CASES)
-
-
-def grad_out(tokens: int, hidden: int) -> torch.Tensor:
-    return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(9)).bfloat16()
 
 
 def everything(layer: Layer, x: Inputs, dy: torch.Tensor, with_lora: bool) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Wrong arguments: the exception names the function, the argument, what came and what was expected; nothing is written."""
+"""Wrong arguments: the exception names function, argument, what came and what was expected; nothing is written."""
 
 from collections.abc import Callable
 
@@ -26,22 +26,67 @@ def good() -> dict[str, torch.Tensor]:
 BAD: dict[str, tuple[str, Callable[[], torch.Tensor], type, str]] = {
     "hidden fp32": ("hidden", lambda: torch.zeros(3, 64), TypeError, r"hidden dtype: got fp32, expected bf16"),
     "hidden fp16": ("hidden", lambda: torch.zeros(3, 64).half(), TypeError, r"hidden dtype: got an unsupported type"),
-    "hidden width": ("hidden", lambda: torch.zeros(3, 63, dtype=bf16), ValueError, r"hidden shape: got \[3, 63\], expected \[any, 64\]"),
+    "hidden width": (
+        "hidden",
+        lambda: torch.zeros(3, 63, dtype=bf16),
+        ValueError,
+        r"hidden shape: got \[3, 63\], expected \[any, 64\]",
+    ),
     "hidden rank": ("hidden", lambda: torch.zeros(3, 1, 64, dtype=bf16), ValueError, r"hidden shape: got \[3, 1, 64\]"),
-    "hidden columns apart": ("hidden", lambda: torch.zeros(3, 128, dtype=bf16)[:, ::2], ValueError, r"hidden strides: got 2"),
-    "ids int16": ("ids", lambda: torch.zeros(3, 2, dtype=torch.int16), TypeError, r"ids dtype: got .*expected int32 or int64"),
+    "hidden columns apart": (
+        "hidden",
+        lambda: torch.zeros(3, 128, dtype=bf16)[:, ::2],
+        ValueError,
+        r"hidden strides: got 2",
+    ),
+    "ids int16": (
+        "ids",
+        lambda: torch.zeros(3, 2, dtype=torch.int16),
+        TypeError,
+        r"ids dtype: got .*expected int32 or int64",
+    ),
     "ids fp32": ("ids", lambda: torch.zeros(3, 2), TypeError, r"ids dtype: got fp32"),
-    "ids tokens": ("ids", lambda: torch.zeros(2, 2, dtype=torch.int64), ValueError, r"ids shape: got \[2, 2\], expected \[3, 2\]"),
-    "ids top_k": ("ids", lambda: torch.zeros(3, 1, dtype=torch.int64), ValueError, r"ids shape: got \[3, 1\], expected \[3, 2\]"),
+    "ids tokens": (
+        "ids",
+        lambda: torch.zeros(2, 2, dtype=torch.int64),
+        ValueError,
+        r"ids shape: got \[2, 2\], expected \[3, 2\]",
+    ),
+    "ids top_k": (
+        "ids",
+        lambda: torch.zeros(3, 1, dtype=torch.int64),
+        ValueError,
+        r"ids shape: got \[3, 1\], expected \[3, 2\]",
+    ),
     "ids strides": ("ids", lambda: torch.zeros(3, 4, dtype=torch.int64)[:, ::2], ValueError, r"ids strides"),
     "weights fp64": ("weights", lambda: torch.zeros(3, 2, dtype=torch.float64), TypeError, r"weights dtype"),
-    "weights shape": ("weights", lambda: torch.zeros(3, 3), ValueError, r"weights shape: got \[3, 3\], expected \[3, 2\]"),
+    "weights shape": (
+        "weights",
+        lambda: torch.zeros(3, 3),
+        ValueError,
+        r"weights shape: got \[3, 3\], expected \[3, 2\]",
+    ),
     "out fp32": ("out", lambda: torch.zeros(3, 64), TypeError, r"out dtype: got fp32, expected bf16"),
-    "out shape": ("out", lambda: torch.zeros(4, 64, dtype=bf16), ValueError, r"out shape: got \[4, 64\], expected \[3, 64\]"),
+    "out shape": (
+        "out",
+        lambda: torch.zeros(4, 64, dtype=bf16),
+        ValueError,
+        r"out shape: got \[4, 64\], expected \[3, 64\]",
+    ),
     "out strides": ("out", lambda: torch.zeros(3, 128, dtype=bf16)[:, :64], ValueError, r"out strides"),
-    "id too large": ("ids", lambda: torch.tensor([[0, 1], [2, 5], [9, 0]]), ValueError, r"token 1, slot 1: got 5, expected 0 to 3"),
+    "id too large": (
+        "ids",
+        lambda: torch.tensor([[0, 1], [2, 5], [9, 0]]),
+        ValueError,
+        r"token 1, slot 1: got 5, expected 0 to 3",
+    ),
     "id too small": ("ids", lambda: torch.tensor([[0, 1], [2, 3], [-2, 0]]), ValueError, r"token 2, slot 0: got -2"),
-    "id huge": ("ids", lambda: torch.tensor([[0, 2**32], [0, 0], [0, 0]]), ValueError, r"token 0, slot 1: got 4294967296"),
+    "id huge": (
+        "ids",
+        lambda: torch.tensor([[0, 2**32], [0, 0], [0, 0]]),
+        ValueError,
+        r"token 0, slot 1: got 4294967296",
+    ),
 }
 
 

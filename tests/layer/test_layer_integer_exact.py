@@ -1,4 +1,4 @@
-"""Integer formats, the whole layer to the last bit: integer sums, one fp32 rounding at each step that the design names."""
+"""Integer formats, the whole layer to the last bit: exact sums, one fp32 rounding at each step of the design."""
 
 import numpy as np
 import pytest

@@ -37,10 +37,10 @@ ENDINGS = {
     "queue closed early": "queue = _ext.TaskQueue(); submit(queue, 300); queue.close(0.05)",
     "results gone, work left": "queue = _ext.TaskQueue(); submit(queue, 300); del out, layer, x",
     "daemon threads run forwards": """
-        def run():
-            while True: layer.forward(x)
-        for _ in range(3): threading.Thread(target=run, daemon=True).start()
-        layer.forward(x)
+        import time
+        long = make_inputs(shape, 8000)
+        for _ in range(3): threading.Thread(target=lambda: layer.forward(long), daemon=True).start()
+        time.sleep(0.05)
     """,
     "sys.exit while a thread works": """
         t = threading.Thread(target=lambda: [layer.forward(x) for _ in range(20)])

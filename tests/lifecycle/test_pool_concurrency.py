@@ -50,7 +50,9 @@ def test_training_steps() -> None:
     layer, lora = Layer(shape, "bf16", "", threads=3), make_lora(Shape(4, 2, 96, 48), 4)
     adapter = layer.adapter(lora)
     inputs = [make_inputs(shape, 3 + 4 * i, seed=i) for i in range(CALLERS)]
-    dy = [torch.randn(x.tokens, 96, generator=torch.Generator().manual_seed(i)).bfloat16() for i, x in enumerate(inputs)]
+    dy = [
+        torch.randn(x.tokens, 96, generator=torch.Generator().manual_seed(i)).bfloat16() for i, x in enumerate(inputs)
+    ]
     want = [layer.backward(layer.train(x, adapter)[1], d, adapter, lora) for x, d in zip(inputs, dy, strict=True)]
 
     def body(i: int) -> None:

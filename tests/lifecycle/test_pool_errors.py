@@ -57,7 +57,12 @@ def test_errors_stay_with_their_caller() -> None:
 
 @pytest.mark.parametrize(
     ("threads", "nodes", "message"),
-    [([], [], "at least one"), ([1, 2], [0], "2 thread counts and 1 nodes"), ([0], [0], "got 0"), ([-1], [0], "got -1")],
+    [
+        ([], [], "at least one"),
+        ([1, 2], [0], "2 thread counts and 1 nodes"),
+        ([0], [0], "got 0"),
+        ([-1], [0], "got -1"),
+    ],
 )
 def test_bad_pools(threads: list[int], nodes: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

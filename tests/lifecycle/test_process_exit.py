@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).with_name("exit_endings.py")
-# A thread that asks for the GIL while the interpreter ends is unwound by pthread_exit, through frames that are noexcept.
+# A thread that asks for the GIL of an ending interpreter is unwound by pthread_exit, through frames that are noexcept.
 ABORTS = pytest.mark.xfail(strict=False, reason="engine bug: a thread without the GIL aborts the process at exit")
 ENDINGS = [
     "nothing used",

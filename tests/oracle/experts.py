@@ -1,7 +1,7 @@
-"""The layer in float64 torch: the definition that the engine is held to. Autograd gives its gradients; gradcheck proves those.
+"""The layer in float64 torch: what the engine is held to. Autograd gives its gradients; gradcheck proves those.
 
-Rounding that the engine does on purpose can be switched on: activations of the experts' GEMMs (int8: one scale per row), h and
-the LoRA activations to bf16. It counts as the identity for gradients.
+Rounding that the engine does on purpose can be switched on: activations of the experts' GEMMs (int8: one scale per
+row), h and the LoRA activations to bf16. It counts as the identity for gradients.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ def to_bf16(x: torch.Tensor) -> torch.Tensor:
 
 
 def to_int8_rows(x: torch.Tensor) -> torch.Tensor:
-    """The division is fp32, as in the format: ties such as amax / 2 are common among bf16 values, and double would break them."""
+    """The division is fp32, as in the format: ties such as amax / 2 are common in bf16, and double would break them."""
     values = x.detach().float()
     scale = values.abs().amax(dim=1, keepdim=True) / 127
     levels = torch.where(scale > 0, torch.round(values / torch.where(scale > 0, scale, 1.0)), 0.0)

@@ -24,7 +24,9 @@ class Kernels:
         return None if index is None else put(self.place, index.astype(np.int32), 4)
 
     # --- weights ---
-    def pack(self, w: np.ndarray, up: np.ndarray | None = None, ld: int | None = None, zeroed: bool = True) -> np.ndarray:
+    def pack(
+        self, w: np.ndarray, up: np.ndarray | None = None, ld: int | None = None, zeroed: bool = True
+    ) -> np.ndarray:
         """Packed bytes of bf16 bits [n, k]."""
         n, k = w.shape
         dst = self.place.empty((layout.packed_bytes(self.fmt, layout.n_panels(n, up is not None), k),), np.uint8)
@@ -42,7 +44,13 @@ class Kernels:
         return q, scale
 
     def operand(
-        self, rows: np.ndarray, m: int, k: int, scale: np.ndarray | None = None, index: np.ndarray | None = None, ld: int = 0
+        self,
+        rows: np.ndarray,
+        m: int,
+        k: int,
+        scale: np.ndarray | None = None,
+        index: np.ndarray | None = None,
+        ld: int = 0,
     ) -> np.ndarray:
         """rows: bf16 bits [*, k], or int8 [*, k padded] with their scales."""
         dst = self.place.empty((int(_k.operand_bytes(self.isa, self.fmt, m, k)),), np.uint8)

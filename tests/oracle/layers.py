@@ -64,6 +64,10 @@ def make_inputs(shape: Shape, tokens: int, kind: str = "uniform", seed: int = 0)
     return Inputs(hidden, route(shape, tokens, kind, g), torch.rand(tokens, shape.top_k, generator=g) + 0.1)
 
 
+def grad_out(tokens: int, hidden: int, seed: int = 4) -> torch.Tensor:
+    return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
 def make_weights(shape: Shape, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     g = torch.Generator().manual_seed(1000 + seed)
 
@@ -76,7 +80,11 @@ def make_weights(shape: Shape, seed: int = 0) -> list[tuple[torch.Tensor, torch.
 
 def make_lora(shape: Shape, rank: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Lora:
     g = torch.Generator().manual_seed(2000 + seed)
-    sizes = {"gate": (shape.hidden, shape.inter), "up": (shape.hidden, shape.inter), "down": (shape.inter, shape.hidden)}
+    sizes = {
+        "gate": (shape.hidden, shape.inter),
+        "up": (shape.hidden, shape.inter),
+        "down": (shape.inter, shape.hidden),
+    }
     lora = {}
     for name, (k, n) in sizes.items():
         lora[f"{name}_a"] = torch.randn(shape.experts, rank, k, generator=g).div(k**0.5).bfloat16().to(dtype)
@@ -143,7 +151,11 @@ class Layer:
         return out, self.engine.forward_train(x.hidden, x.ids, x.weights, out, adapter)
 
     def backward(
-        self, cache: "_ext.ForwardCache", dy: torch.Tensor, adapter: "_ext.LoraAdapter | None" = None, lora: Lora | None = None
+        self,
+        cache: "_ext.ForwardCache",
+        dy: torch.Tensor,
+        adapter: "_ext.LoraAdapter | None" = None,
+        lora: Lora | None = None,
     ) -> dict[str, torch.Tensor]:
         """Every gradient by name: input, weights, and the six of LoRA if `lora` gives their shapes."""
         grads = {
@@ -168,8 +180,14 @@ class Layer:
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bits (NaN equals NaN of the same bits)."""
     integers = {2: torch.int16, 4: torch.int32}[a.element_size()]
-    return a.dtype == b.dtype and a.shape == b.shape and bool((a.contiguous().view(integers) == b.contiguous().view(integers)).all())
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and bool((a.contiguous().view(integers) == b.contiguous().view(integers)).all())
+    )
 
 
 def assert_same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
-    assert same(a, b), f"{what}: not bitwise equal (largest difference {float((a.double() - b.double()).abs().max()):.3g})"
+    assert same(a, b), (
+        f"{what}: not bitwise equal (largest difference {float((a.double() - b.double()).abs().max()):.3g})"
+    )

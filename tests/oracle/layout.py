@@ -1,9 +1,10 @@
 """VK tiles, written from the index formulas alone.
 
-    offset(c, k) = (c/32) * stride + (k/step) * 2 tiles + ((c%32)/16) tiles + ((k%step)/word) * 16 words + (c%16) words + k%word
+    offset(c, k) = (c/32) * stride + (k/step) * 2 tiles + ((c%32)/16) tiles
+                   + ((k%step)/word) * 16 words + (c%16) words + k%word
 
-in elements; c is the panel column. A plain matrix has row n in panel column n; a paired one has gate row n in panel column
-32 * (n/16) + n%16 and up row n 16 columns further on. fp32 scales, one for each panel column, follow the panels.
+in elements; c is the panel column. A plain matrix has row n in panel column n; a paired one has gate row n in panel
+column 32 * (n/16) + n%16 and up row n 16 columns further on. fp32 scales, one per panel column, follow the panels.
 """
 
 import numpy as np

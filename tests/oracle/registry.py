@@ -6,6 +6,8 @@ import pytest
 
 from ktmoe import _ext
 
+from .formats import ORACLES
+
 _forced = os.environ.get("KTMOE_ISA", "")
 ISAS: list[str] = [_forced] if _forced else list(_ext.test_isa_levels())
 FORMATS: list[str] = list(_ext.formats())
@@ -13,5 +15,6 @@ SLOW_ISAS = frozenset({"portable", "emulated-amx"})
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
 each_format = pytest.mark.parametrize("fmt", FORMATS)
-SCALED = [f for f in FORMATS if f == "int8"]  # integer formats: exact sums, equal bits on every level
+# Integer formats: exact sums, equal bits on every level.
+SCALED = [f for f in FORMATS if f in ORACLES and ORACLES[f].activations == "int8"]
 BLOCK_ROWS = {isa: int(_ext.testing.block_rows(isa)) for isa in {*ISAS, "portable"}}

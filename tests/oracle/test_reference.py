@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from .experts import EXACT, LORA_NAMES, Rounding, layer_forward, to_bf16, to_int8_rows
-from .layers import Shape, make_inputs, make_lora, make_weights
+from oracle.experts import EXACT, LORA_NAMES, Rounding, layer_forward, to_bf16, to_int8_rows
+from oracle.layers import Shape, make_inputs, make_lora, make_weights
 
 SHAPE = Shape(experts=3, top_k=2, hidden=5, inter=4)
 

@@ -146,6 +146,7 @@ def test_a_load_that_breaks_off_leaves_nothing(monkeypatch, interruption) -> Non
     with pytest.raises(interruption):
         wrapper.load_weights_from_tensors(*ref.weights(SHAPE, 1))
     assert not wrapper.loaded
+    assert wrapper.layer.packed_bytes == ref.make(SHAPE, "BF16").layer.packed_bytes  # nothing of it is kept
     with pytest.raises(RuntimeError, match="^Weights not loaded"):
         out(wrapper)
     monkeypatch.undo()

@@ -112,7 +112,7 @@ def _methods() -> Iterator[Row]:
         active, levels = ext.active_isa(), ext.isa_levels()
     except (ImportError, RuntimeError):
         return  # `_engine` has said so
-    without_amx = next(level for level in levels[levels.index(active) :] if "amx" not in level)
+    without_amx = active if "amx" not in active else next(level for level in levels if "amx" not in level)
     for method in METHODS.values():
         if method.implemented:
             isa = active if method.amx else without_amx

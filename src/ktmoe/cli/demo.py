@@ -87,21 +87,14 @@ def _step(number: int, title: str) -> None:
 
 
 def _base_model(settings: ModelSettings, docs: Sequence[Doc], quick: bool) -> Path:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from ktmoe.cli.demo_data import training_text
     from ktmoe.cli.demo_model import cached_model
+    from ktmoe.cli.progress import PretrainingProgress
 
     texts = training_text(docs, with_topics=not quick)
     console.out.print(f"  {len(texts):,} documentation texts, {sum(map(len, texts)) / 1e6:.1f} MB")
-    columns = (TextColumn("  pretraining"), BarColumn(bar_width=30), TextColumn("loss {task.fields[loss]}"))
-    live = console.out.is_terminal
-    with Progress(*columns, TimeElapsedColumn(), console=console.out, disable=not live) as bar:
-        task = bar.add_task("pretraining", total=1.0, loss="-")
-        folder, cached = cached_model(
-            settings, texts, lambda done, loss: bar.update(task, completed=done, loss=f"{loss:.3f}")
-        )
-        bar.update(task, visible=not cached)
+    with PretrainingProgress() as progress:
+        folder, cached = cached_model(settings, texts, progress)
     console.out.print(f"  {'cached' if cached else 'saved'} in {folder}")
     return folder
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_SKIP_PARTS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "ensurepip"}
+_SKIP = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "pydoc_data"}
 _BUILTIN_MODULES = ("builtins", "itertools", "math", "sys", "time")
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)\]'\"`])\.(?=\s|$)")
 _CUT_SHORT = (" ie.", " i.e.", " e.g.", " eg.")
@@ -54,17 +54,26 @@ def collect_docs() -> list[Doc]:
 
 
 def _source_docs() -> Iterator[Doc]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for file in sorted(root.rglob("*.py")):
-        relative = file.relative_to(root).with_suffix("")
-        parts = relative.parts[:-1] if relative.name == "__init__" else relative.parts
-        if not parts or _SKIP_PARTS & set(parts) or any(part.startswith("_") for part in parts):
-            continue
+    for file, module in _source_files(Path(sysconfig.get_paths()["stdlib"]), ""):
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
         except (OSError, SyntaxError, ValueError):
             continue
-        yield from _tree_docs(tree, ".".join(parts))
+        yield from _tree_docs(tree, module)
+
+
+def _source_files(folder: Path, package: str) -> Iterator[tuple[Path, str]]:
+    """(file, dotted name) of the public modules in a folder and its packages."""
+    for entry in sorted(folder.iterdir()):
+        name = entry.stem
+        if name == "__init__" and package:
+            yield entry, package
+        elif name.startswith("_") or name in _SKIP:
+            continue
+        elif entry.suffix == ".py":
+            yield entry, f"{package}.{name}" if package else name
+        elif (entry / "__init__.py").exists():
+            yield from _source_files(entry, f"{package}.{entry.name}" if package else entry.name)
 
 
 def _tree_docs(tree: ast.Module, module: str) -> Iterator[Doc]:

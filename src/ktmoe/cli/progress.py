@@ -1,4 +1,4 @@
-"""The progress bar of a training, as a Trainer callback: step, loss, tokens per second, time left."""
+"""Progress of a training: a bar with loss and speed on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINES = 10  # how often a log file hears from us
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar on a terminal, a line now and then elsewhere. A context manager: leaving it gives the terminal back."""
+    """Step, loss, tokens per second, time left, as a Trainer callback. A context manager around the training."""
 
     def __init__(self, meter: ThroughputCallback) -> None:
         self._meter = meter
@@ -50,6 +50,37 @@ class TrainingProgress(TrainerCallback):
         every = max(1, state.max_steps // _LINES)
         if not self._live and (state.global_step % every == 0 or state.global_step == state.max_steps):
             console.out.print(f"  step {state.global_step}/{state.max_steps}  loss {self._loss}  {speed} tok/s")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+class PretrainingProgress:
+    """Share done and loss of the demo's pretraining; called with both. A context manager around it."""
+
+    def __init__(self) -> None:
+        self._live = console.out.is_terminal
+        self._bar = Progress(
+            TextColumn("  pretraining"),
+            BarColumn(bar_width=30),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            console=console.out,
+            disable=not self._live,
+        )
+        # Invisible until there is something to show: a cached model has nothing to pretrain.
+        self._task = self._bar.add_task("pretraining", total=1.0, loss="-", visible=False)
+        self._next_line = 0.1
+
+    def __call__(self, done: float, loss: float) -> None:
+        self._bar.update(self._task, completed=done, loss=f"{loss:.3f}", visible=True)
+        if not self._live and done >= self._next_line:
+            console.out.print(f"  pretraining {done:.0%}  loss {loss:.3f}")
+            self._next_line = done + 1 / _LINES
 
     def __enter__(self) -> Self:
         self._bar.start()

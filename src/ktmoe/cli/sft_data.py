@@ -64,7 +64,7 @@ def _parse(number: int, line: str) -> Row:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"got {type(value).__name__}, expected an object")  # noqa: TRY004  (a bad row, not a bug)
+        raise ValueError(f"got {type(value).__name__}, expected an object")
     if "messages" in value:
         messages = _messages(value["messages"], "messages")
         if messages[-1]["role"] != "assistant":

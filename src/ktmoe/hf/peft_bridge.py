@@ -38,7 +38,7 @@ def install() -> None:
         if not callable(getattr(owner, name, None)):
             import peft
 
-            raise RuntimeError(f"ktmoe does not know peft {peft.__version__}: {owner.__name__} has no {name}()")  # noqa: TRY004
+            raise RuntimeError(f"ktmoe does not know peft {peft.__version__}: {owner.__name__} has no {name}()")
     ParamWrapper.forward = _forward_or(ParamWrapper.forward)
     ParamWrapper.merge = _refuse_merge_or(ParamWrapper.merge)
     LoraModel._check_merge_allowed = _check_merge_or(LoraModel._check_merge_allowed)

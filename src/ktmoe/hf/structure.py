@@ -111,7 +111,8 @@ def _why_gate_unsupported(module: nn.Module) -> str | None:
 
 def _why_shapes_unsupported(module: nn.Module) -> str | None:
     gate_up, down = module._parameters[GATE_UP], module._parameters[DOWN]
-    assert gate_up is not None and down is not None
+    assert gate_up is not None  # by `looks_like_experts`
+    assert down is not None
     n_experts, hidden, inter = down.shape
     if tuple(gate_up.shape) != (n_experts, 2 * inter, hidden):
         return f"its shapes do not fit together ({GATE_UP} {tuple(gate_up.shape)}, {DOWN} {tuple(down.shape)})"
