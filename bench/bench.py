@@ -46,9 +46,7 @@ class Problem:
     def make(cls, shape: Shape) -> "Problem":
         torch.manual_seed(0)
         e, h, i = shape.experts, shape.hidden, shape.inter
-        return cls(
-            shape, *((torch.randn(d) / d[2] ** 0.5).bfloat16() for d in ((e, i, h), (e, i, h), (e, h, i)))
-        )
+        return cls(shape, *((torch.randn(d) / d[2] ** 0.5).bfloat16() for d in ((e, i, h), (e, i, h), (e, h, i))))
 
     def batch(self, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         g = torch.Generator().manual_seed(seed)
@@ -116,7 +114,9 @@ class Torch:
         self.y.backward(grad)
 
 
-def measure(impl: Ktmoe | Torch, problem: Problem, tokens: int, sft: bool, seconds: float, first: int) -> list[list[float]]:
+def measure(
+    impl: Ktmoe | Torch, problem: Problem, tokens: int, sft: bool, seconds: float, first: int
+) -> list[list[float]]:
     batches = [problem.batch(tokens, first + i) for i in range(16 if tokens <= 16 else 2)]
     samples: list[list[float]] = [[], []]
     end = time.perf_counter() + seconds

@@ -29,7 +29,18 @@ LEVELS = [
     {"cli"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-HEAVY = set("transformers peft trl accelerate datasets tokenizers huggingface_hub typer rich matplotlib".split())
+HEAVY = {
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "huggingface_hub",
+    "typer",
+    "rich",
+    "matplotlib",
+}
 
 
 def cpp_violations() -> list[str]:

@@ -57,7 +57,7 @@ void load_expert(MoeLayer& layer, int expert, const InArray& gate, const InArray
   g.dtype({Dtype::bf16}).shape({inter, hidden}).contiguous();
   u.dtype({Dtype::bf16}).shape({inter, hidden}).contiguous();
   d.dtype({Dtype::bf16}).shape({hidden, inter}).contiguous();
-  nb::gil_scoped_release nogil;
+  const WithoutGil nogil;
   layer.load_expert(expert, g.data<bf16>(), u.data<bf16>(), d.data<bf16>());
 }
 
@@ -74,7 +74,7 @@ void forward(const MoeLayer& layer, const InArray& hidden, const InArray& ids, c
              const LoraAdapter* lora) {
   const ForwardArgs args = forward_args("forward", layer, hidden, ids, weights);
   bf16* dst = forward_out("forward", layer, args, out);
-  nb::gil_scoped_release nogil;
+  const WithoutGil nogil;
   layer.forward(args.hidden, args.routing, dst, lora);
 }
 
@@ -82,7 +82,7 @@ ForwardCache forward_train(const MoeLayer& layer, const InArray& hidden, const I
                            const LoraAdapter* lora) {
   const ForwardArgs args = forward_args("forward_train", layer, hidden, ids, weights);
   bf16* dst = forward_out("forward_train", layer, args, out);
-  nb::gil_scoped_release nogil;
+  const WithoutGil nogil;
   return layer.forward_train(args.hidden, args.routing, dst, lora);
 }
 
@@ -111,7 +111,7 @@ void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& g
       grads.lora[i] = g.dtype({Dtype::fp32}).shape({c.n_experts, rows, columns}).contiguous().data<float>();
     }
   }
-  nb::gil_scoped_release nogil;
+  const WithoutGil nogil;
   layer.backward(cache, {dy.data<bf16>(), dy.stride(0)}, lora, grads);
 }
 
@@ -126,7 +126,7 @@ void update_lora(LoraAdapter& lora, ThreadPool& pool, const InArray& gate_a, con
     t.dtype({Dtype::bf16, Dtype::fp32}).shape({lora.n_experts, rows, columns});
     tensors[i] = {t.data<void>(), t.is(Dtype::fp32), {t.stride(0), t.stride(1), t.stride(2)}};
   }
-  nb::gil_scoped_release nogil;
+  const WithoutGil nogil;
   lora.update(pool, tensors);
 }
 

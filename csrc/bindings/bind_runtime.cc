@@ -3,6 +3,8 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <mutex>
+
 #include "bindings/bind_layer.h"
 #include "runtime/task_queue.h"
 #include "runtime/thread_pool.h"
@@ -47,22 +49,59 @@ struct QueuedForward {
   }
 };
 
-// Keeps a Python-owned array alive from a thread without the GIL.
-std::shared_ptr<OutArray> keep_alive(OutArray array) {
-  return {new OutArray(std::move(array)), [](OutArray* a) {
-            nb::gil_scoped_acquire gil;
-            delete a;
-          }};
-}
+// What a queued forward keeps alive. Python objects may be released only with the GIL, which the queue's thread never asks for: what
+// it has finished with waits here until a caller comes by with the GIL. Leaked: threads may finish during exit.
+struct Kept {
+  std::shared_ptr<MoeLayer> layer;
+  std::shared_ptr<LoraAdapter> lora;
+  OutArray out;
+};
+
+struct Finished {
+  std::mutex mutex;
+  std::vector<Kept*> kept;
+
+  static Finished& get() {
+    static Finished* const self = new Finished;
+    return *self;
+  }
+  void add(Kept* k) {
+    const std::lock_guard guard(mutex);
+    kept.push_back(k);
+  }
+  void release() {  // with the GIL
+    std::vector<Kept*> mine;
+    {
+      const std::lock_guard guard(mutex);
+      mine.swap(kept);
+    }
+    for (Kept* k : mine) delete k;
+  }
+};
+
+struct ReleaseFinished {
+  ~ReleaseFinished() { Finished::get().release(); }
+};
 
 TaskQueue::Ticket submit_forward(TaskQueue& queue, std::shared_ptr<MoeLayer> layer, const InArray& hidden, const InArray& ids,
                                  const InArray& weights, const OutArray& out, std::shared_ptr<LoraAdapter> lora) {
+  const ReleaseFinished release;
   const ForwardArgs args = forward_args("submit_forward", *layer, hidden, ids, weights);
   bf16* dst = forward_out("submit_forward", *layer, args, out);
   auto job = std::make_shared<QueuedForward>(args, layer->config());
-  return queue.submit([job, dst, layer = std::move(layer), lora = std::move(lora), keep = keep_alive(out)] {
-    layer->forward({job->hidden.data(), layer->config().hidden}, job->routing(), dst, lora.get());
+  std::shared_ptr<Kept> kept(new Kept{std::move(layer), std::move(lora), out}, [](Kept* k) { Finished::get().add(k); });
+  return queue.submit([job, dst, kept = std::move(kept)] {
+    const MoeLayer& l = *kept->layer;
+    l.forward({job->hidden.data(), l.config().hidden}, job->routing(), dst, kept->lora.get());
   });
+}
+
+// f() without the GIL; then, with it, what finished meanwhile is released.
+template <class F>
+void wait_without_gil(F f) {
+  const ReleaseFinished release;
+  const WithoutGil nogil;
+  f();
 }
 
 }  // namespace
@@ -73,16 +112,16 @@ void init_runtime(nb::module_& m) {
       .def_prop_ro("threads", &ThreadPool::threads)
       .def_prop_ro("started", &ThreadPool::started);
   nb::class_<TaskQueue::Ticket>(m, "Ticket")
-      .def("wait", &TaskQueue::Ticket::wait, nb::call_guard<nb::gil_scoped_release>())
+      .def("wait", [](const TaskQueue::Ticket& t) { wait_without_gil([&] { t.wait(); }); })
       .def_prop_ro("done", &TaskQueue::Ticket::done);
   nb::class_<TaskQueue>(m, "TaskQueue")
       .def(nb::init<>())
       .def("submit_forward", &submit_forward, nb::arg("layer"), nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),
            nb::arg("lora").none() = nb::none())
-      .def("drain", &TaskQueue::drain, nb::call_guard<nb::gil_scoped_release>())
+      .def("drain", [](TaskQueue& q) { wait_without_gil([&] { q.drain(); }); })
       .def(
-          "close", [](TaskQueue& q, double timeout) { q.close(std::chrono::duration<double>(timeout)); }, nb::arg("timeout_s"),
-          nb::call_guard<nb::gil_scoped_release>());
+          "close", [](TaskQueue& q, double timeout) { wait_without_gil([&] { q.close(std::chrono::duration<double>(timeout)); }); },
+          nb::arg("timeout_s"));
 }
 
 }  // namespace ktmoe

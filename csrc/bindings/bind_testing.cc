@@ -152,7 +152,7 @@ void init_testing(nb::module_& parent) {
   });
   // Every task fails with probability 1 from task `from` on: the pool's error path.
   m.def("failing_job", [](ThreadPool& pool, int tasks, int from) {
-    nb::gil_scoped_release nogil;
+    const WithoutGil nogil;
     ThreadPool::Session session(pool);
     session.parallel_for(tasks, [&](int task, int) { require(task < from, ErrorKind::runtime, "[failing_job] task ", task); });
   });

@@ -10,6 +10,7 @@
 
 #include "base/bf16.h"
 #include "base/error.h"
+#include "bindings/gil.h"
 
 namespace ktmoe {
 

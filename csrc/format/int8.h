@@ -1,8 +1,8 @@
 // int8 weights, symmetric, one fp32 scale per output column (row of W), in VK tiles of quads along K.
 //
 //   scale = max|w| / 127,  q = round-half-even(w / scale) in [-127, 127],  w ~ q * scale
-//   A column whose maximum is below 127 * 2^-126 is all zeros with scale 0 (its scale would be subnormal).
-//   tile = 16 rows x 64 bytes; row j holds, for each of 16 output columns, the quad k = 4j .. 4j+3.
+//   A column with NaN or infinity has scale NaN. A column whose maximum is below 127 * 2^-126 is all zeros with scale 0 (its scale would be
+//   subnormal). tile = 16 rows x 64 bytes; row j holds, for each of 16 output columns, the quad k = 4j .. 4j+3.
 #pragma once
 
 #include <cmath>

@@ -8,7 +8,7 @@ struct Elementwise {
   // --- weights ---
 
   static void row_scales(WeightFormat, const bf16* src, std::ptrdiff_t ld, int rows, int k, float* scale) {
-    for (int r = 0; r < rows; ++r) scale[r] = Int8Format::scale(max_abs(src + r * ld, k, nullptr));
+    for (int r = 0; r < rows; ++r) scale[r] = row_scale(src + r * ld, k);
   }
 
   static void pack_tile(WeightFormat format, const bf16* src, std::ptrdiff_t ld, int rows, int columns, const float* scale,
@@ -27,7 +27,14 @@ struct Elementwise {
     V::transpose16(staged, 64, dst);
   }
 
-  // --- int8 activations ---
+  // --- int8 rows ---
+
+  // NaN for a row with an element that is not finite: it must show in every result, not become a number.
+  static float row_scale(const bf16* x, int n) {
+    float poison;
+    const float most = max_abs(x, n, &poison);
+    return poison == 0.0f ? Int8Format::scale(most) : std::numeric_limits<float>::quiet_NaN();
+  }
 
   // max |x|; *poison becomes NaN if any element is not finite.
   static float max_abs(const bf16* x, int n, float* poison) {
@@ -37,7 +44,7 @@ struct Elementwise {
       most = V::max(V::abs(v), most);
       bad = V::add(bad, V::mul(v, V::set(0.0f)));
     }
-    if (poison) *poison = V::hsum(bad);
+    *poison = V::hsum(bad);
     return V::hmax(most);
   }
 
@@ -55,9 +62,7 @@ struct Elementwise {
 
   static void quantize_rows(RowSource rows, int m, int k, std::int8_t* dst, std::ptrdiff_t ld, float* scale) {
     for (int r = 0; r < m; ++r, dst += ld) {
-      float poison;
-      const float most = max_abs(rows.row<bf16>(r), k, &poison);
-      scale[r] = poison == 0.0f ? Int8Format::scale(most) : std::numeric_limits<float>::quiet_NaN();
+      scale[r] = row_scale(rows.row<bf16>(r), k);
       quantize(rows.row<bf16>(r), k, scale[r], dst);
       std::memset(dst + k, 0, static_cast<std::size_t>(ld - k));
     }

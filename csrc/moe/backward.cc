@@ -332,7 +332,7 @@ void clear_idle_experts(ThreadPool::Session& session, const MoeConfig& config, c
 
 void MoeLayer::backward(const ForwardCache& cache, Tokens grad_out, const LoraAdapter* lora, const Gradients& grads) const {
   check_ready("backward", lora);
-  require(cache.layer == this, ErrorKind::value, "[backward] cache: got one of another layer, expected one of this layer");
+  require(cache.layer == serial_, ErrorKind::value, "[backward] cache: got one of another layer, expected one of this layer");
   require(cache.with_lora == (lora != nullptr), ErrorKind::value, "[backward] lora: got ", lora ? "an adapter" : "none",
           ", expected what the forward had (", cache.with_lora ? "an adapter" : "none", ")");
   require(!lora || lora->version() == cache.lora_version, ErrorKind::runtime,

@@ -19,7 +19,7 @@ struct ForwardCache {
     AlignedBuffer u_gate_up;  // bf16 [rows][2 rank, padded to 32], empty without LoRA
     AlignedBuffer u_down;     // bf16 [rows][rank, padded to 32]
   };
-  const void* layer = nullptr;  // identity, to refuse a foreign cache
+  std::uint64_t layer = 0;  // serial number, to refuse a foreign cache
   int n_tokens = 0;
   bool with_lora = false;
   std::uint64_t lora_version = 0;

@@ -250,7 +250,7 @@ ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16
   check_ready("forward_train", lora);
   routing.check(config_);
   ForwardCache cache;
-  cache.layer = this;
+  cache.layer = serial_;
   cache.n_tokens = routing.n_tokens;
   cache.with_lora = lora != nullptr;
   cache.lora_version = lora ? lora->version() : 0;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/aligned_buffer.h"
+#include "base/serial_number.h"
 #include "kernels/kernel_api.h"
 #include "moe/cache.h"
 #include "moe/config.h"
@@ -55,6 +56,7 @@ class MoeLayer {
   int tokens_per_pass() const;
   std::size_t expert_offset(int e) const;
 
+  const std::uint64_t serial_ = next_serial_number();
   const std::shared_ptr<ThreadPool> pool_;
   const MoeConfig config_;
   const KernelTable& kernels_;

@@ -1,5 +1,7 @@
 #include "moe/lora.h"
 
+#include "base/serial_number.h"
+
 namespace ktmoe {
 
 LoraAdapter::LoraAdapter(int n_experts, int hidden, int inter, int rank, float scaling)
@@ -45,7 +47,7 @@ void LoraAdapter::update(ThreadPool& pool, const std::array<StridedTensor, 6>& t
     scratch.reset();
     pack_expert(kernels, scratch, e, tensors);
   });
-  ++version_;
+  version_ = next_serial_number();
 }
 
 void LoraAdapter::pack_expert(const KernelTable& kernels, Scratch& scratch, int e, const std::array<StridedTensor, 6>& tensors) {

@@ -52,7 +52,7 @@ class TaskQueue:
 
     def __init__(self) -> None: ...
     def submit_forward(
-        self, layer: "MoeLayer", hidden: Array, ids: Array, weights: Array, out: Array, lora: "LoraAdapter | None" = None
+        self, layer: MoeLayer, hidden: Array, ids: Array, weights: Array, out: Array, lora: LoraAdapter | None = None
     ) -> Ticket:
         """Copies hidden, ids and weights before it returns; `out` is kept alive and written by the task."""
     def drain(self) -> None:
@@ -75,7 +75,7 @@ class LoraAdapter:
         down_a: Array,  # [n_experts, rank, inter]
         down_b: Array,  # [n_experts, hidden, rank]
     ) -> None:
-        """Copies (rounds to bf16) the six tensors. Bumps `version`."""
+        """Copies (rounds to bf16) the six tensors. Gives a new `version`, one that no adapter of this process has had."""
     @property
     def rank(self) -> int: ...
     @property

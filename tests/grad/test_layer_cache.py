@@ -67,15 +67,13 @@ def test_lora_updated_after_the_forward() -> None:
     layer, lora = Layer(shape, "bf16", ""), make_lora(shape, 4)
     adapter = layer.adapter(lora)
     _, cache = layer.train(make_inputs(shape, 5), adapter)
+    before = adapter.version
     adapter.update(layer.pool, *(lora[n] for n in LORA_NAMES))
-    assert adapter.version == 2
+    assert adapter.version != before
     with pytest.raises(RuntimeError, match="^LoRA weights changed between forward and backward"):
         layer.backward(cache, grad_out(5, 64), adapter, lora)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="engine bug: backward compares version numbers, which count for each adapter alone"
-)
 def test_another_adapter_than_the_forward_had() -> None:
     """Its version number may be the same; its weights are not."""
     shape = Shape(4, 2, 64, 48)
@@ -86,7 +84,6 @@ def test_another_adapter_than_the_forward_had() -> None:
         layer.backward(cache, grad_out(5, 64), other)
 
 
-@pytest.mark.xfail(strict=True, reason="engine bug: a cache knows its layer by address, and addresses come back")
 def test_a_cache_of_a_layer_that_is_gone() -> None:
     """A new layer may lie at the same address; it must not take the old one's cache for its own."""
     small, large = Shape(4, 2, 64, 48), Shape(4, 2, 128, 48)

@@ -1,4 +1,4 @@
-"""Instructions above the x86-64 baseline appear only in functions of their own level: the library must start on any CPU."""
+"""Instructions above the x86-64 baseline appear only in functions of their own level: any CPU can load the library."""
 
 import re
 import shutil

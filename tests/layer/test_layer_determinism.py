@@ -87,3 +87,17 @@ def test_the_schedule_does_not_depend_on_the_threads_of_another_layer(isa: str) 
     for _ in range(3):
         assert_same(first.forward(xa), Layer(a, "bf16", isa, threads=1).forward(xa), "a")
         assert_same(second.forward(xb), Layer(b, "bf16", isa, threads=1).forward(xb), "b")
+
+
+@each_isa
+@each_format
+def test_experts_add_in_slot_order(isa: str, fmt: str) -> None:
+    """In fp32: ((slot 0 + slot 1) + slot 2) + ..., seen in the input gradient, which is not rounded any further."""
+    shape = Shape(6, 5, 96, 48)
+    layer, x, dy = Layer(shape, fmt, isa), make_inputs(shape, 1), grad_out(1, 96)
+    whole = layer.backward(layer.train(x)[1], dy)["input"]
+    total = torch.zeros(1, 96)
+    for slot in range(5):
+        ids = torch.where(torch.arange(5) == slot, x.ids, -1)
+        total = total + layer.backward(layer.train(Inputs(x.hidden, ids, x.weights))[1], dy)["input"]
+    assert_same(whole, total, "sum over slots")

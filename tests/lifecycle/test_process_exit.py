@@ -8,17 +8,15 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).with_name("exit_endings.py")
-# A thread that asks for the GIL of an ending interpreter is unwound by pthread_exit, through frames that are noexcept.
-ABORTS = pytest.mark.xfail(strict=False, reason="engine bug: a thread without the GIL aborts the process at exit")
 ENDINGS = [
     "nothing used",
     "pool parked",
     "queue idle",
-    pytest.param("queue still holds work", marks=ABORTS),
-    pytest.param("queue gone, work left", marks=ABORTS),
-    pytest.param("queue closed early", marks=ABORTS),
-    pytest.param("results gone, work left", marks=ABORTS),
-    pytest.param("daemon threads run forwards", marks=ABORTS),
+    "queue still holds work",
+    "queue gone, work left",
+    "queue closed early",
+    "results gone, work left",
+    "daemon threads run forwards",
     "sys.exit while a thread works",
     "after an error in a worker",
 ]

@@ -78,7 +78,7 @@ def _settings(quick: bool, threads: int | None) -> tuple[ModelSettings, TrainSet
     if quick:
         return QUICK, TrainSettings(rank=4, alpha=8, max_steps=25, lr=1e-2, batch_size=8, threads=threads)
     return ModelSettings(), TrainSettings(
-        rank=8, alpha=16, epochs=1, lr=2e-3, batch_size=16, threads=threads, seconds=100.0
+        rank=16, alpha=32, epochs=1, lr=4e-3, batch_size=16, threads=threads, seconds=100.0
     )
 
 
