@@ -3,7 +3,8 @@
     python bench/bench.py --shape S1 --tokens 1,16,256 --impl BF16,AMXINT8,torch
     python bench/bench.py --shape T --tokens 64 --impl AMXBF16_SFT,torch --mode sft
 
-Prints medians (ms), GFLOP/s (forward: 6 * tokens * top_k * hidden * inter) and the ratio to the fastest; `--json FILE` keeps every sample.
+Prints medians (ms), GFLOP/s (6 * tokens * top_k * hidden * inter a pass) and the ratio to the fastest;
+`--json FILE` keeps every sample.
 """
 
 import argparse

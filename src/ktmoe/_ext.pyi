@@ -2,7 +2,8 @@
 
 Dimensions: n_tokens, hidden, inter, n_experts, top_k, rank. "bf16" below is the DLPack type (kDLBfloat, 16 bits).
 Every function checks dtype, rank, shape, device and strides before any work; errors are TypeError (dtype, device),
-ValueError (shape, value), RuntimeError (state) or MemoryError, with one message style: ``[function] what: got X, expected Y``.
+ValueError (shape, value), RuntimeError (state) or MemoryError, with one message style:
+``[function] what: got X, expected Y``.
 The GIL is released during load, forward and backward.
 """
 
@@ -23,10 +24,10 @@ def test_isa_levels() -> list[str]:
     """`isa_levels()` and the levels that exist for tests only ("emulated-amx": the AMX algorithm on software tiles)."""
 
 def active_isa() -> str:
-    """Best level, or the one that the environment variable KTMOE_ISA names. RuntimeError if unknown or above the host."""
+    """Best level, or the one that KTMOE_ISA in the environment names. RuntimeError if unknown or above the host."""
 
 def kernel_name(op: str, format: str, isa: str) -> str:
-    """The kernel id that a level uses, e.g. ``forward/int8/amx`` -> "forward/int8/amx"; op is "decode", "forward" or "backward"."""
+    """The id of the kernel that a level uses, such as "forward/int8/amx"; op is "decode", "forward" or "backward"."""
 
 # --- threads ------------------------------------------------------------------------------------------------------
 class ThreadPool:
@@ -75,7 +76,7 @@ class LoraAdapter:
         down_a: Array,  # [n_experts, rank, inter]
         down_b: Array,  # [n_experts, hidden, rank]
     ) -> None:
-        """Copies (rounds to bf16) the six tensors. Gives a new `version`, one that no adapter of this process has had."""
+        """Copies (rounds to bf16) the six tensors. Gives a `version` that no adapter of this process has had."""
     @property
     def rank(self) -> int: ...
     @property
@@ -122,7 +123,7 @@ class MoeLayer:
     @property
     def format(self) -> str: ...
     def dequantize_expert(self, expert: int, gate: Array, up: Array, down: Array) -> None:
-        """Writes the weights that the kernels use into fp32 arrays [inter, hidden], [inter, hidden], [hidden, inter]."""
+        """Writes the weights that the kernels use: fp32 [inter, hidden], [inter, hidden], [hidden, inter]."""
     def forward(
         self,
         hidden: Array,  # [n_tokens, hidden] bf16, last stride 1
