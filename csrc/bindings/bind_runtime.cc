@@ -3,7 +3,8 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <mutex>
+#include <atomic>
+#include <utility>
 
 #include "bindings/bind_layer.h"
 #include "runtime/task_queue.h"
@@ -50,37 +51,29 @@ struct QueuedForward {
 };
 
 // What a queued forward keeps alive. Python objects may be released only with the GIL, which the queue's thread never asks for: what
-// it has finished with waits here until a caller comes by with the GIL. Leaked: threads may finish during exit.
+// it has finished with waits here until a caller comes by with the GIL.
 struct Kept {
   std::shared_ptr<MoeLayer> layer;
   std::shared_ptr<LoraAdapter> lora;
   OutArray out;
+  Kept* next = nullptr;
 };
 
-struct Finished {
-  std::mutex mutex;
-  std::vector<Kept*> kept;
+// A list without a lock, because fork() may come between any two instructions of the queue's thread.
+std::atomic<Kept*> finished{nullptr};
 
-  static Finished& get() {
-    static Finished* const self = new Finished;
-    return *self;
+void add_finished(Kept* kept) {
+  kept->next = finished.load(std::memory_order_relaxed);
+  while (!finished.compare_exchange_weak(kept->next, kept, std::memory_order_release, std::memory_order_relaxed)) {
   }
-  void add(Kept* k) {
-    const std::lock_guard guard(mutex);
-    kept.push_back(k);
-  }
-  void release() {  // with the GIL
-    std::vector<Kept*> mine;
-    {
-      const std::lock_guard guard(mutex);
-      mine.swap(kept);
-    }
-    for (Kept* k : mine) delete k;
-  }
-};
+}
+
+void release_finished() {  // with the GIL
+  for (Kept* k = finished.exchange(nullptr, std::memory_order_acquire); k;) delete std::exchange(k, k->next);
+}
 
 struct ReleaseFinished {
-  ~ReleaseFinished() { Finished::get().release(); }
+  ~ReleaseFinished() { release_finished(); }
 };
 
 TaskQueue::Ticket submit_forward(TaskQueue& queue, std::shared_ptr<MoeLayer> layer, const InArray& hidden, const InArray& ids,
@@ -89,7 +82,7 @@ TaskQueue::Ticket submit_forward(TaskQueue& queue, std::shared_ptr<MoeLayer> lay
   const ForwardArgs args = forward_args("submit_forward", *layer, hidden, ids, weights);
   bf16* dst = forward_out("submit_forward", *layer, args, out);
   auto job = std::make_shared<QueuedForward>(args, layer->config());
-  std::shared_ptr<Kept> kept(new Kept{std::move(layer), std::move(lora), out}, [](Kept* k) { Finished::get().add(k); });
+  std::shared_ptr<Kept> kept(new Kept{std::move(layer), std::move(lora), out}, &add_finished);
   return queue.submit([job, dst, kept = std::move(kept)] {
     const MoeLayer& l = *kept->layer;
     l.forward({job->hidden.data(), l.config().hidden}, job->routing(), dst, kept->lora.get());
