@@ -74,7 +74,7 @@ def test_user_errors_have_no_traceback(
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
     assert run_main(monkeypatch, "generate", "--model", tmp_path / "nowhere", "--prompt", "x") == 1
-    assert "Error: " in capsys.readouterr().err
+    assert f"Error: there is no model folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
     assert run_main(monkeypatch, "generate", "--model", chat_model, "--prompt", "x", "--adapter", tmp_path) == 1
     assert "is not a PEFT adapter" in capsys.readouterr().err
     assert run_main(monkeypatch, "generate", "--model", chat_model, "--prompt", "x", "--method", "AMXINT4") == 1

@@ -256,3 +256,12 @@ def test_moving_and_copying_leave_experts_alone(checkpoint: Checkpoint) -> None:
     assert torch.isfinite(logits(nn.Module.float(clone), ids)).all()
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained("unused")
+
+
+def test_names_at_the_top() -> None:
+    import ktmoe
+    import ktmoe.hf
+
+    assert ktmoe.from_pretrained is ktmoe.hf.from_pretrained
+    assert ktmoe.KTMoEConfig is KTMoEConfig
+    assert ktmoe.lora_config is ktmoe.hf.lora_config

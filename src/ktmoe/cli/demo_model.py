@@ -43,13 +43,13 @@ class ModelSettings:
     head_dim: int = 32
     batch: int = 8
     length: int = 128
-    steps: int = 450
+    steps: int = 600
     lr: float = 3e-3
     seconds: float = 85.0
     seed: int = 0
 
 
-QUICK = ModelSettings(vocab=1024, hidden=64, layers=2, experts=8, inter=48, batch=8, length=64, steps=20, seconds=15.0)
+QUICK = ModelSettings(vocab=1024, hidden=64, layers=2, experts=8, inter=48, batch=8, length=64, steps=80, seconds=15.0)
 
 Progress = Callable[[float, float], None]
 """Called with the share that is done (0..1) and the loss."""

@@ -35,21 +35,18 @@ class TrainingProgress(TrainerCallback):
             disable=not self._live,
         )
         self._task = self._bar.add_task("training", total=None, loss="-", speed="-")
-        self._loss = "-"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.update(self._task, total=state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs is not None and "loss" in logs:
-            self._loss = f"{float(logs['loss']):.3f}"
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        speed = f"{self._meter.average:,.0f}"
-        self._bar.update(self._task, completed=state.global_step, loss=self._loss, speed=speed)
-        every = max(1, state.max_steps // _LINES)
-        if not self._live and (state.global_step % every == 0 or state.global_step == state.max_steps):
-            console.out.print(f"  step {state.global_step}/{state.max_steps}  loss {self._loss}  {speed} tok/s")
+        if logs is None or "loss" not in logs:
+            return
+        step, last = state.global_step, state.max_steps
+        loss, speed = f"{float(logs['loss']):.3f}", f"{self._meter.average:,.0f}"
+        self._bar.update(self._task, completed=step, loss=loss, speed=speed)
+        if not self._live and (step % max(1, last // _LINES) == 0 or step == last):
+            console.out.print(f"  step {step}/{last}  loss {loss}  {speed} tok/s")
 
     def __enter__(self) -> Self:
         self._bar.start()

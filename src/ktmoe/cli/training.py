@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ktmoe.cli.console import UserError
 from ktmoe.cli.plain_eval import Example, collate
 from ktmoe.cli.progress import TimeLimit, TrainingProgress
 from ktmoe.hf import ThroughputCallback, fast_bf16, from_pretrained, lora_config
@@ -61,8 +62,11 @@ def use_threads(threads: int | None) -> None:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model, with a padding token."""
+    """The tokenizer of a model, with a padding token. UserError for a folder that does not exist."""
     from transformers import AutoTokenizer
+
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise UserError(f"there is no model folder {path}")
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token_id is None:
