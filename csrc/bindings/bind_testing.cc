@@ -150,7 +150,52 @@ void init_testing(nb::module_& parent) {
     b.dtype({Dtype::bf16}).shape({n, 32 * n_panels});
     kernels_for(isa_from_name(isa)).swiglu(src, n, n_panels, a.data<bf16>(), a.stride(0), b.data<bf16>(), b.stride(0));
   });
-  // Every task fails with probability 1 from task `from` on: the pool's error path.
+  m.def("swiglu_backward", [](const std::string& isa, const InArray& dh, int n, int n_panels, const InArray& gate_up, const InArray& weight,
+                              const OutArray& dgate_up, const OutArray& h, const OutArray& dot) {
+    const auto* src =
+        reinterpret_cast<const float*>(bytes("dh", dh, c_block_floats(n) * static_cast<std::size_t>(ceil_div(n_panels, 2)) * 4));
+    TensorArg<InArray> gu("testing", "gate_up", gate_up);
+    TensorArg<OutArray> d("testing", "dgate_up", dgate_up), a("testing", "h", h);
+    gu.dtype({Dtype::bf16}).shape({n, 32 * n_panels});
+    d.dtype({Dtype::bf16}).shape({n, 32 * n_panels});
+    a.dtype({Dtype::bf16}).shape({n, 16 * n_panels});
+    const std::size_t rows = 4 * static_cast<std::size_t>(n);
+    kernels_for(isa_from_name(isa))
+        .swiglu_backward(src, n, n_panels, gu.data<bf16>(), gu.stride(0), reinterpret_cast<const float*>(bytes("weight", weight, rows)),
+                         d.data<bf16>(), d.stride(0), a.data<bf16>(), a.stride(0), reinterpret_cast<float*>(bytes("dot", dot, rows)));
+  });
+  m.def("c_to_bf16",
+        [](const std::string& isa, const InArray& c, int n, int n_blocks, float factor, const InArray& row_factor, const OutArray& dst) {
+          const auto* src = reinterpret_cast<const float*>(bytes("c", c, c_block_floats(n) * static_cast<std::size_t>(n_blocks) * 4));
+          TensorArg<OutArray> d("testing", "dst", dst);
+          d.dtype({Dtype::bf16}).shape({n, 32 * n_blocks});
+          const auto* factors = reinterpret_cast<const float*>(bytes("row_factor", row_factor, 4 * static_cast<std::size_t>(n)));
+          kernels_for(isa_from_name(isa)).c_to_bf16(src, n, n_blocks, factor, factors, d.data<bf16>(), d.stride(0));
+        });
+  m.def("c_to_rows", [](const std::string& isa, const InArray& c, int n, int n_blocks, const OutArray& dst) {
+    const auto* src = reinterpret_cast<const float*>(bytes("c", c, c_block_floats(n) * static_cast<std::size_t>(n_blocks) * 4));
+    TensorArg<OutArray> d("testing", "dst", dst);
+    d.dtype({Dtype::fp32}).shape({n, 32 * n_blocks});
+    kernels_for(isa_from_name(isa)).c_to_rows(src, n, n_blocks, d.data<float>(), d.stride(0));
+  });
+  m.def("combine", [](const std::string& isa, const InArray& rows, const InArray& row_of, const InArray& weight, const OutArray& sum) {
+    TensorArg<InArray> r("testing", "rows", rows), index("testing", "row_of", row_of), w("testing", "weight", weight);
+    TensorArg<OutArray> out("testing", "sum", sum);
+    const int n = static_cast<int>(out.dtype({Dtype::fp32}).shape({-1}).extent(0)), top_k = static_cast<int>(index.extent(0));
+    r.dtype({Dtype::fp32}).shape({-1, n});
+    index.dtype({Dtype::int32}).shape({top_k});
+    w.dtype({Dtype::fp32}).shape({top_k});
+    kernels_for(isa_from_name(isa))
+        .combine(r.data<float>(), r.stride(0), index.data<std::int32_t>(), w.data<float>(), top_k, n, out.data<float>());
+  });
+  m.def("round_row", [](const std::string& isa, const InArray& src, const OutArray& dst) {
+    TensorArg<InArray> s("testing", "src", src);
+    TensorArg<OutArray> d("testing", "dst", dst);
+    const int n = static_cast<int>(s.dtype({Dtype::fp32}).shape({-1}).extent(0));
+    d.dtype({Dtype::bf16}).shape({n});
+    kernels_for(isa_from_name(isa)).round_row(s.data<float>(), n, d.data<bf16>());
+  });
+  // Every task from `from` on fails: the pool's error path.
   m.def("failing_job", [](ThreadPool& pool, int tasks, int from) {
     const WithoutGil nogil;
     ThreadPool::Session session(pool);

@@ -51,7 +51,7 @@ def gemms(isa: str, fmt: str, place: Place, m: int, n: int, k: int) -> dict[str,
 
 
 def small_kernels(isa: str, place: Place, m: int) -> dict[str, np.ndarray]:
-    """Outer products and SwiGLU."""
+    """Outer products and everything elementwise."""
     rng = np.random.default_rng(m)
     kernels = Kernels(isa, place=place)
     out = {}
@@ -65,6 +65,17 @@ def small_kernels(isa: str, place: Place, m: int) -> dict[str, np.ndarray]:
         out[f"outer gathered {columns}"] = kernels.outer(p, wide, 32, tiles, index=index, start=start)
     c = rng.standard_normal((2, m, 32), dtype=np.float32)
     out["h"], out["gate|up"] = kernels.swiglu(c, h_ld=37, gate_up_ld=69)
+    weight = rng.random(m, dtype=np.float32)
+    for panels in (1, 2, 3):
+        dh = rng.standard_normal((-(-panels // 2), m, 32), dtype=np.float32)
+        gate_up = bf16.normal(rng, m, 32 * panels)
+        for name, value in kernels.swiglu_backward(dh, gate_up, weight, ld=5).items():
+            out[f"swiglu backward {name} {panels}"] = value
+    out["c to bf16"], out["c to rows"] = kernels.c_out(c, weight, ld=7)
+    rows = rng.standard_normal((m, 64), dtype=np.float32)
+    row_of = np.array([m - 1, -1, 0], np.int32)
+    for hidden in (1, 15, 16, 33, 64):
+        out["sum"], out[f"rounded {hidden}"] = kernels.combine(rows, row_of, rng.random(3, dtype=np.float32), hidden)
     return out
 
 

@@ -148,3 +148,43 @@ class Kernels:
         gate_up = put_rows(self.place, np.zeros((m, 32 * panels), np.uint16), gate_up_ld or 32 * panels)
         _k.swiglu(self.isa, blocks, m, panels, _rows(h), _rows(gate_up))
         return h, gate_up
+
+    def swiglu_backward(
+        self, dh: np.ndarray, gate_up: np.ndarray, weight: np.ndarray, ld: int = 0
+    ) -> dict[str, np.ndarray]:
+        """dh [blocks, m, 32], gate|up bf16 bits [m, 32 * panels] -> gradient of gate|up, h (bf16 bits) and dot."""
+        m, columns = gate_up.shape
+        dgate_up = put_rows(self.place, np.zeros((m, columns), np.uint16), ld + columns)
+        h = put_rows(self.place, np.zeros((m, columns // 2), np.uint16), ld + columns // 2)
+        dot = put(self.place, np.zeros(m, np.float32), 4)
+        kept = put_rows(self.place, gate_up, ld + columns)
+        weights = put(self.place, weight, 4)
+        blocks = self._c(len(dh), m, dh)
+        _k.swiglu_backward(self.isa, blocks, m, columns // 32, _rows(kept), weights, _rows(dgate_up), _rows(h), dot)
+        return {"gradient": dgate_up, "h": h, "dot": dot}
+
+    def c_out(self, c: np.ndarray, row_factor: np.ndarray, ld: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """c [blocks, m, 32] -> bf16 bits of 0.5 * row_factor * C, and C as fp32 rows."""
+        blocks, m, _ = c.shape
+        rounded = put_rows(self.place, np.zeros((m, 32 * blocks), np.uint16), ld + 32 * blocks)
+        rows = put_rows(self.place, np.zeros((m, 32 * blocks), np.float32), ld + 32 * blocks)
+        factors = put(self.place, row_factor, 4)
+        _k.c_to_bf16(self.isa, self._c(blocks, m, c), m, blocks, 0.5, factors, _rows(rounded))
+        _k.c_to_rows(self.isa, self._c(blocks, m, c), m, blocks, rows)
+        return rounded, rows
+
+    def combine(
+        self, rows: np.ndarray, row_of: np.ndarray, weight: np.ndarray, hidden: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The weighted sum of the rows named by row_of (-1: none), and its first `hidden` values as bf16 bits."""
+        total = put(self.place, np.zeros(rows.shape[1], np.float32), 4)
+        _k.combine(
+            self.isa,
+            put_rows(self.place, rows, rows.shape[1] + 3),
+            put(self.place, row_of, 4),
+            put(self.place, weight, 4),
+            total,
+        )
+        rounded = put(self.place, np.zeros(hidden, np.uint16), 2)
+        _k.round_row(self.isa, put(self.place, total[:hidden], 4), bf16.tensor(rounded))
+        return total, rounded
