@@ -138,14 +138,20 @@ bool isa_supported(Isa isa) {
   return isa_missing(isa).empty();
 }
 
-std::vector<Isa> isa_levels(bool with_test_levels) {
-  std::vector<Isa> levels;
+std::vector<Isa> all_isas(bool with_test_levels) {
+  std::vector<Isa> all;
   for (Isa isa : {
 #define KTMOE_ISA(id, name, test_only) Isa::id,
 #include "base/isas.inc"
 #undef KTMOE_ISA
        })
-    if (isa_supported(isa) && (with_test_levels || !is_test_level(isa))) levels.push_back(isa);
+    if (with_test_levels || !is_test_level(isa)) all.push_back(isa);
+  return all;
+}
+
+std::vector<Isa> isa_levels(bool with_test_levels) {
+  std::vector<Isa> levels = all_isas(with_test_levels);
+  std::erase_if(levels, [](Isa isa) { return !isa_supported(isa); });
   return levels;
 }
 
@@ -156,11 +162,7 @@ Isa isa_from_name(std::string_view name) {
     if (isa_name(isa) == name) return isa;
     choices += (choices.empty() ? "" : ", ") + std::string(isa_name(isa));
   }
-  for (Isa isa : {
-#define KTMOE_ISA(id, text, test_only) Isa::id,
-#include "base/isas.inc"
-#undef KTMOE_ISA
-       })
+  for (Isa isa : all_isas(true))
     if (isa_name(isa) == name)
       fail(ErrorKind::runtime, "[isa] '", name, "' is above this host (", isa_missing(isa), "): choose one of ", choices);
   fail(ErrorKind::runtime, "[isa] unknown level: got '", name, "', expected one of ", choices);

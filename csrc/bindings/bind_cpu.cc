@@ -25,12 +25,7 @@ nb::dict report() {
   nb::dict features, r;
   for (const auto& f : cpu.features) features[f.name] = f.present;
   nb::list levels;
-  for (Isa isa : {
-#define KTMOE_ISA(id, name, test_only) Isa::id,
-#include "base/isas.inc"
-#undef KTMOE_ISA
-       }) {
-    if (isa == Isa::emulated_amx) continue;
+  for (Isa isa : all_isas(false)) {
     nb::dict level;
     level["name"] = std::string(isa_name(isa));
     level["supported"] = isa_supported(isa);

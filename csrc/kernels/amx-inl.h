@@ -62,7 +62,7 @@ struct TileGemm {
       forward_tiles<false>(operand, m, w, p0, p1, c, accumulate);
     } else {
       forward_tiles<true>(operand, m, w, p0, p1, c, false);
-      scale_int8(operand, m, w, p0, p1, c);
+      Vector::scale_int8(reinterpret_cast<const float*>(operand + tiled_bytes(m, w.layout().k_steps)), nullptr, m, w, p0, p1, c);
     }
   }
 
@@ -117,17 +117,6 @@ struct TileGemm {
     T::template store<1>(c + c_b, 4 * ld);
     if constexpr (kA == 2) T::template store<2>(c + c_a, 4 * ld);
     if constexpr (kA == 2) T::template store<3>(c + c_a + c_b, 4 * ld);
-  }
-
-  static void scale_int8(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
-    const auto* scale = reinterpret_cast<const float*>(operand + tiled_bytes(m, w.layout().k_steps));
-    for (int p = p0; p < p1; ++p, c += c_block_floats(m))
-      for (int r = 0; r < m; ++r)
-        for (int t = 0; t < 2; ++t) {
-          float* at = c + r * kPanelColumns + 16 * t;
-          const F sum = V::to_f(V::load_i(at));
-          V::store(at, V::mul(V::mul(sum, V::set(scale[r])), V::load(w.scales() + p * kPanelColumns + 16 * t)));
-        }
   }
 
   // --- backward ---

@@ -122,11 +122,16 @@ struct VectorGemm {
     const PackedLayout& l = w.layout();
     const auto* scale = reinterpret_cast<const float*>(operand + static_cast<std::size_t>(m) * words_per_row(l.format, l.k) * 4);
     const auto* offset = reinterpret_cast<const std::int32_t*>(scale + m);
+    scale_int8(scale, offset, m, w, p0, p1, c);
+  }
+
+  // The epilogue of every int8 forward; offset (or null) is what each row's sums are too large by.
+  static void scale_int8(const float* scale, const std::int32_t* offset, int m, const PackedMatrix& w, int p0, int p1, float* c) {
     for (int p = p0; p < p1; ++p, c += c_block_floats(m))
       for (int r = 0; r < m; ++r)
         for (int t = 0; t < 2; ++t) {
           float* at = c + r * kPanelColumns + 16 * t;
-          const F sum = V::to_f(V::sub_i(V::load_i(at), V::set_i(offset[r])));
+          const F sum = V::to_f(V::sub_i(V::load_i(at), V::set_i(offset ? offset[r] : 0)));
           V::store(at, V::mul(V::mul(sum, V::set(scale[r])), V::load(w.scales() + p * kPanelColumns + 16 * t)));
         }
   }

@@ -279,10 +279,9 @@ void run_experts(ThreadPool::Session& session, const Pass& pass) {
   };
   int most_rows = 0;
   for (int i = 0; i < plan.active_experts(); ++i) {
-    int rows = 0;
-    for (int b = plan.expert_blocks[static_cast<std::size_t>(i)]; b < plan.expert_blocks[static_cast<std::size_t>(i) + 1]; ++b)
-      rows += plan.blocks[static_cast<std::size_t>(b)].rows;
-    most_rows = std::max(most_rows, rows);
+    const RoutePlan::Block& first = plan.blocks[static_cast<std::size_t>(plan.expert_blocks[static_cast<std::size_t>(i)])];
+    const RoutePlan::Block& last = plan.blocks[static_cast<std::size_t>(plan.expert_blocks[static_cast<std::size_t>(i) + 1]) - 1];
+    most_rows = std::max(most_rows, last.begin + last.rows - first.begin);
   }
   if (owner_pays(plan.active_experts(), most_rows, plan.rows(), session.threads()))
     session.parallel_for(plan.active_experts(), [&](int i, int worker) { expert(i, {session, worker, false}, session.scratch(worker)); });
