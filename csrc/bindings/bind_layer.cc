@@ -70,6 +70,24 @@ void dequantize_expert(const MoeLayer& layer, int expert, const OutArray& gate, 
   layer.dequantize(expert, g.data<float>(), u.data<float>(), d.data<float>());
 }
 
+void read_expert(const MoeLayer& layer, int expert, const OutArray& out) {
+  TensorArg<OutArray> o("read_expert", "out", out);
+  o.dtype({Dtype::uint8}).shape({static_cast<std::int64_t>(layer.expert_bytes())}).contiguous();
+  const WithoutGil nogil;
+  layer.read_expert(expert, o.data<std::byte>());
+}
+
+// `owner` lives as long as the layer (keep_alive), so it must own the memory; a capsule gives its memory up when it is read.
+void attach(MoeLayer& layer, nb::object owner, const std::vector<int>& row) {
+  require(!PyCapsule_CheckExact(owner.ptr()), ErrorKind::type, "[attach] packed: got a capsule, expected the array itself");
+  const InArray packed = nb::cast<InArray>(owner);
+  TensorArg<InArray> p("attach", "packed", packed);
+  p.dtype({Dtype::uint8}).shape({-1, static_cast<std::int64_t>(layer.expert_bytes())}).contiguous();
+  require(p.extent(0) <= 65536, ErrorKind::value, p.where(), ": got ", p.extent(0), " rows, expected at most 65536");
+  const WithoutGil nogil;
+  layer.attach(p.data<std::byte>(), static_cast<int>(p.extent(0)), row);
+}
+
 void forward(const MoeLayer& layer, const InArray& hidden, const InArray& ids, const InArray& weights, const OutArray& out,
              const LoraAdapter* lora) {
   const ForwardArgs args = forward_args("forward", layer, hidden, ids, weights);
@@ -144,6 +162,7 @@ void init_layer(nb::module_& m) {
   nb::class_<ForwardCache>(m, "ForwardCache", nb::is_weak_referenceable())
       .def_prop_ro("nbytes", &ForwardCache::bytes)
       .def_ro("n_tokens", &ForwardCache::n_tokens);
+  m.attr("LAYOUT_VERSION") = kLayoutVersion;
   nb::class_<MoeLayer>(m, "MoeLayer")
       .def(nb::new_(&make_layer), nb::arg("pool"), nb::arg("n_experts"), nb::arg("top_k"), nb::arg("hidden"), nb::arg("inter"),
            nb::arg("format"), nb::arg("isa") = "", nb::arg("chunk_tokens") = 0, nb::arg("on_gpu").none() = nb::none())
@@ -151,6 +170,9 @@ void init_layer(nb::module_& m) {
       .def_prop_ro("loaded", &MoeLayer::loaded)
       .def("unload", &MoeLayer::unload)
       .def_prop_ro("packed_bytes", &MoeLayer::packed_bytes)
+      .def_prop_ro("expert_bytes", &MoeLayer::expert_bytes)
+      .def("read_expert", &read_expert, nb::arg("expert"), nb::arg("out"))
+      .def("attach", &attach, nb::arg("packed"), nb::arg("row"), nb::keep_alive<1, 2>())
       .def_prop_ro("isa", [](const MoeLayer& l) { return std::string(isa_name(l.config().isa)); })
       .def_prop_ro("format", [](const MoeLayer& l) { return std::string(format_info(l.config().format).name); })
       .def("dequantize_expert", &dequantize_expert, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"))

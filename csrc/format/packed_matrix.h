@@ -14,6 +14,7 @@
 
 namespace ktmoe {
 
+inline constexpr int kLayoutVersion = 1;  // of packed bytes on disk: any change of what this folder says raises it
 inline constexpr int kTileBytes = 1024;
 inline constexpr int kPanelColumns = 32;
 inline constexpr int kTileColumns = 16;

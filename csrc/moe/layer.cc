@@ -26,21 +26,45 @@ void MoeLayer::unload() {
 
 void MoeLayer::forget_weights() {
   data_ = AlignedBuffer();
-  has_.assign(static_cast<std::size_t>(config_.n_experts), 0);
+  at_.assign(static_cast<std::size_t>(config_.n_experts), nullptr);
   missing_ = static_cast<int>(std::count_if(slot_.begin(), slot_.end(), [](int s) { return s >= 0; }));
 }
 
 std::size_t MoeLayer::packed_bytes() const {
-  return expert_bytes_ * static_cast<std::size_t>(std::count(has_.begin(), has_.end(), std::uint8_t{1}));
-}
-
-std::size_t MoeLayer::expert_offset(int e) const {
-  return expert_bytes_ * static_cast<std::size_t>(slot_[static_cast<std::size_t>(e)]);
+  return expert_bytes_ * (at_.size() - static_cast<std::size_t>(std::count(at_.begin(), at_.end(), nullptr)));
 }
 
 Expert MoeLayer::expert(int e) const {
-  const std::byte* at = data_.data() + expert_offset(e);
+  const std::byte* at = at_[static_cast<std::size_t>(e)];
   return {PackedMatrix(gate_up_, at), PackedMatrix(down_, at + gate_up_.bytes)};
+}
+
+void MoeLayer::check_expert(const char* function, int e) const {
+  require(e >= 0 && e < config_.n_experts && at_[static_cast<std::size_t>(e)], ErrorKind::value, "[", function, "] expert: got ", e,
+          ", expected one that is loaded");
+}
+
+void MoeLayer::place(int e, const std::byte* at) {
+  if (!at_[static_cast<std::size_t>(e)]) --missing_;
+  at_[static_cast<std::size_t>(e)] = at;
+}
+
+void MoeLayer::read_expert(int e, std::byte* out) const {
+  ThreadPool::Session session(*pool_, true);  // not while it is unloaded
+  check_expert("read_expert", e);
+  std::memcpy(out, at_[static_cast<std::size_t>(e)], expert_bytes_);
+}
+
+void MoeLayer::attach(const std::byte* packed, int n_rows, const std::vector<int>& row) {
+  require(reinterpret_cast<std::uintptr_t>(packed) % 64 == 0, ErrorKind::value, "[attach] packed: got memory that is not 64-byte aligned");
+  require(row.size() == slot_.size(), ErrorKind::value, "[attach] row: got ", row.size(), " entries, expected ", slot_.size());
+  for (std::size_t e = 0; e < row.size(); ++e)
+    require(slot_[e] < 0 || (row[e] >= 0 && row[e] < n_rows), ErrorKind::value, "[attach] row[", e, "]: got ", row[e], ", expected 0 to ",
+            n_rows - 1);
+  ThreadPool::Session session(*pool_);
+  forget_weights();
+  for (int e = 0; e < config_.n_experts; ++e)
+    if (!config_.gpu(e)) place(e, packed + expert_bytes_ * static_cast<std::size_t>(row[static_cast<std::size_t>(e)]));
 }
 
 void MoeLayer::load_expert(int e, const bf16* gate, const bf16* up, const bf16* down) {
@@ -51,7 +75,7 @@ void MoeLayer::load_expert(int e, const bf16* gate, const bf16* up, const bf16* 
     const std::size_t experts = static_cast<std::size_t>(*std::max_element(slot_.begin(), slot_.end()) + 1);
     data_ = AlignedBuffer(checked_mul(expert_bytes_, experts));
   }
-  std::byte* at = data_.data() + expert_offset(e);
+  std::byte* at = data_.data() + expert_bytes_ * static_cast<std::size_t>(slot_[static_cast<std::size_t>(e)]);
   constexpr int kUnit = 4;  // panels of one task
   const int gate_units = ceil_div(gate_up_.n_panels, kUnit), units = gate_units + ceil_div(down_.n_panels, kUnit);
   session.parallel_for(units, [&](int unit, int) {
@@ -63,13 +87,11 @@ void MoeLayer::load_expert(int e, const bf16* gate, const bf16* up, const bf16* 
     else
       pack_matrix(kernels_, layout, p0, p1, config_.hidden, PairedRows{gate, up, config_.hidden, config_.inter}, at);
   });
-  if (!has_[static_cast<std::size_t>(e)]) --missing_;
-  has_[static_cast<std::size_t>(e)] = 1;
+  place(e, at);
 }
 
 void MoeLayer::dequantize(int e, float* gate, float* up, float* down) const {
-  require(e >= 0 && e < config_.n_experts && has_[static_cast<std::size_t>(e)], ErrorKind::value, "[dequantize_expert] expert: got ", e,
-          ", expected one that is loaded");
+  check_expert("dequantize_expert", e);
   const Expert x = expert(e);
   const std::ptrdiff_t hidden = config_.hidden, inter = config_.inter;
   for (int i = 0; i < inter; ++i)

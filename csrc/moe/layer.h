@@ -42,6 +42,13 @@ class MoeLayer {
   bool loaded() const { return missing_ == 0; }
   void unload();
   std::size_t packed_bytes() const;
+
+  // The packed bytes of an expert depend on the weights alone: not on the ISA, the threads or the machine.
+  std::size_t expert_bytes() const { return expert_bytes_; }
+  void read_expert(int expert, std::byte* out) const;
+  // Expert e lives at packed + expert_bytes() * row[e] from now on; the caller keeps that memory, 64-byte aligned, for as long as
+  // the layer. GPU experts are skipped. Replaces all experts.
+  void attach(const std::byte* packed, int n_rows, const std::vector<int>& row);
   void dequantize(int expert, float* gate, float* up, float* down) const;
   Expert expert(int e) const;
 
@@ -54,7 +61,8 @@ class MoeLayer {
   void forget_weights();
   void check_ready(const char* function, const LoraAdapter* lora) const;
   int tokens_per_pass() const;
-  std::size_t expert_offset(int e) const;
+  void check_expert(const char* function, int e) const;
+  void place(int e, const std::byte* at);
 
   const std::uint64_t serial_ = next_serial_number();
   const std::shared_ptr<ThreadPool> pool_;
@@ -62,9 +70,9 @@ class MoeLayer {
   const KernelTable& kernels_;
   const PackedLayout gate_up_, down_;
   const std::size_t expert_bytes_;
-  std::vector<int> slot_;          // [n_experts] position in `data_`, -1 on the GPU
-  AlignedBuffer data_;             // touched, and so paid for, expert by expert
-  std::vector<std::uint8_t> has_;  // [n_experts]
+  std::vector<int> slot_;             // [n_experts] position in `data_`, -1 on the GPU
+  AlignedBuffer data_;                // touched, and so paid for, expert by expert
+  std::vector<const std::byte*> at_;  // [n_experts] packed bytes, in `data_` or attached; null: not loaded
   int missing_ = 0;
 };
 

@@ -93,6 +93,9 @@ class ForwardCache:
     @property
     def n_tokens(self) -> int: ...
 
+LAYOUT_VERSION: int
+"""Of the packed bytes: a file with another one cannot be attached."""
+
 class MoeLayer:
     """The routed experts of one layer."""
 
@@ -118,6 +121,15 @@ class MoeLayer:
         """Drops all packed weights."""
     @property
     def packed_bytes(self) -> int: ...
+    @property
+    def expert_bytes(self) -> int:
+        """Packed bytes of one expert, a multiple of 4096. They depend on the weights, formats and LAYOUT_VERSION alone,
+        not on the ISA, the threads or the machine."""
+    def read_expert(self, expert: int, out: Array) -> None:
+        """Copies the packed bytes of a loaded expert to uint8 [expert_bytes]."""
+    def attach(self, packed: Array, row: list[int]) -> None:
+        """Runs on the caller's packed bytes, uint8 [n, expert_bytes], 64-byte aligned, kept alive with the layer:
+        expert e is packed[row[e]] (entries of GPU experts are ignored). Replaces all experts; copies nothing."""
     @property
     def isa(self) -> str: ...
     @property
