@@ -58,6 +58,7 @@ Probe probe() {
   auto add = [&](const char* name, bool bit, bool registers) { p.report.features.push_back({name, bit && registers}); };
   add("avx2", b7 >> 5 & 1, ymm);
   add("fma", c1 >> 12 & 1, ymm);
+  add("f16c", c1 >> 29 & 1, ymm);
   add("avx512f", b7 >> 16 & 1, zmm);
   add("avx512dq", b7 >> 17 & 1, zmm);
   add("avx512bw", b7 >> 30 & 1, zmm);
@@ -89,7 +90,7 @@ std::vector<const char*> needs(Isa isa) {
     case Isa::avx512:
       return {"avx512f", "avx512dq", "avx512bw", "avx512vl"};
     case Isa::avx2:
-      return {"avx2", "fma"};
+      return {"avx2", "fma", "f16c"};
     case Isa::portable:
     case Isa::emulated_amx:
       return {};

@@ -6,6 +6,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "moe/repack.h"
+
 namespace ktmoe {
 
 ForwardArgs forward_args(const char* function, const MoeLayer& layer, const InArray& hidden, const InArray& ids, const InArray& weights) {
@@ -40,8 +42,10 @@ bf16* forward_out(const char* function, const MoeLayer& layer, const ForwardArgs
 namespace {
 
 std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<ThreadPool> pool, int n_experts, int top_k, int hidden, int inter,
-                                     const std::string& format, const std::string& isa, int chunk_tokens, std::optional<InArray> on_gpu) {
-  MoeConfig config{n_experts, top_k, hidden, inter, format_from_name(format), isa_from_name(isa), chunk_tokens, {}};
+                                     const std::string& format, const std::string& isa, int chunk_tokens, std::optional<InArray> on_gpu,
+                                     const std::string& down_format) {
+  const WeightFormat gate_up = format_from_name(format), down = down_format.empty() ? gate_up : format_from_name(down_format);
+  MoeConfig config{n_experts, top_k, hidden, inter, gate_up, down, isa_from_name(isa), chunk_tokens, {}};
   config.validate();
   if (on_gpu) {
     TensorArg<InArray> mask("MoeLayer", "on_gpu", *on_gpu);
@@ -59,6 +63,33 @@ void load_expert(MoeLayer& layer, int expert, const InArray& gate, const InArray
   d.dtype({Dtype::bf16}).shape({hidden, inter}).contiguous();
   const WithoutGil nogil;
   layer.load_expert(expert, g.data<bf16>(), u.data<bf16>(), d.data<bf16>());
+}
+
+RawBlock raw_matrix(const char* name, const std::vector<InArray>& arrays, WeightFormat format, int n, int k) {
+  const FormatInfo& info = format_info(format);
+  static constexpr RawPart kBf16{1, 2};
+  const RawPart* parts = info.published() ? info.parts : &kBf16;
+  const std::size_t expected = info.published() && parts[1].block ? 2 : 1;
+  require(arrays.size() == expected, ErrorKind::value, "[load_expert_raw] ", name, ": got ", arrays.size(), " arrays, expected ", expected,
+          " for format ", info.name);
+  RawBlock raw{};
+  for (std::size_t i = 0; i < expected; ++i) {
+    TensorArg<InArray> a("load_expert_raw", name, arrays[i]);
+    const Dtype dtype = i == 0 ? (info.published() ? Dtype::uint8 : Dtype::bf16) : parts[i].bytes == 2 ? Dtype::bf16 : Dtype::fp32;
+    const std::size_t row_bytes = raw_row_bytes(parts[i], k), element = dtype == Dtype::fp32 ? 4 : dtype == Dtype::bf16 ? 2 : 1;
+    a.dtype({dtype}).shape({n, static_cast<std::int64_t>(row_bytes / element)}).contiguous();
+    raw.part[i] = a.data<std::byte>();
+  }
+  return raw;
+}
+
+void load_expert_raw(MoeLayer& layer, int expert, const std::vector<InArray>& gate, const std::vector<InArray>& up,
+                     const std::vector<InArray>& down) {
+  const MoeConfig& c = layer.config();
+  const RawBlock g = raw_matrix("gate", gate, c.format, c.inter, c.hidden), u = raw_matrix("up", up, c.format, c.inter, c.hidden),
+                 d = raw_matrix("down", down, c.down_format, c.hidden, c.inter);
+  const WithoutGil nogil;
+  layer.load_expert_raw(expert, g, u, d);
 }
 
 void dequantize_expert(const MoeLayer& layer, int expert, const OutArray& gate, const OutArray& up, const OutArray& down) {
@@ -165,7 +196,9 @@ void init_layer(nb::module_& m) {
   m.attr("LAYOUT_VERSION") = kLayoutVersion;
   nb::class_<MoeLayer>(m, "MoeLayer")
       .def(nb::new_(&make_layer), nb::arg("pool"), nb::arg("n_experts"), nb::arg("top_k"), nb::arg("hidden"), nb::arg("inter"),
-           nb::arg("format"), nb::arg("isa") = "", nb::arg("chunk_tokens") = 0, nb::arg("on_gpu").none() = nb::none())
+           nb::arg("format"), nb::arg("isa") = "", nb::arg("chunk_tokens") = 0, nb::arg("on_gpu").none() = nb::none(),
+           nb::arg("down_format") = "")
+      .def("load_expert_raw", &load_expert_raw, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"))
       .def("load_expert", &load_expert, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"))
       .def_prop_ro("loaded", &MoeLayer::loaded)
       .def("unload", &MoeLayer::unload)
@@ -175,6 +208,7 @@ void init_layer(nb::module_& m) {
       .def("attach", &attach, nb::arg("packed"), nb::arg("row"), nb::keep_alive<1, 2>())
       .def_prop_ro("isa", [](const MoeLayer& l) { return std::string(isa_name(l.config().isa)); })
       .def_prop_ro("format", [](const MoeLayer& l) { return std::string(format_info(l.config().format).name); })
+      .def_prop_ro("down_format", [](const MoeLayer& l) { return std::string(format_info(l.config().down_format).name); })
       .def("dequantize_expert", &dequantize_expert, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"))
       .def("forward", &forward, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("lora").none() = nb::none())
       .def("forward_train", &forward_train, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),

@@ -1,9 +1,11 @@
 // Single kernels on caller-owned memory, for the oracle and guard-page tests: every operand is a byte array placed by the test.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include "bindings/tensor_arg.h"
 #include "moe/lora.h"
+#include "moe/repack.h"
 #include "runtime/thread_pool.h"
 
 namespace ktmoe {
@@ -49,6 +51,18 @@ void pack(const std::string& isa, const std::string& format, const InArray& w, c
     pack_matrix(k.table, layout, 0, layout.n_panels, a.stride(0), PlainRows{a.data<bf16>(), a.stride(0), n}, out);
 }
 
+// repack(format, parts of a matrix [n, k], n, k, dst): a published matrix, plain.
+void repack(const std::string& format, const std::vector<InArray>& parts, int n, int k, const OutArray& dst) {
+  const PackedLayout layout = PackedLayout::plain(format_from_name(format), n, k);
+  const FormatInfo& info = format_info(layout.format);
+  RawBlock raw{};
+  for (std::size_t i = 0; i < parts.size() && i < 2; ++i)
+    raw.part[i] = bytes("parts", parts[i], raw_row_bytes(info.parts[i], k) * static_cast<std::size_t>(n));
+  repack_matrix(
+      layout, 0, layout.n_panels, [&](int p, int t) { return RawRows{"w", raw, p * kPanelColumns + t * kTileColumns, n}; },
+      bytes("dst", dst, layout.bytes));
+}
+
 void forward(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels, int k,
              int p0, int p1, const OutArray& c, bool accumulate) {
   const Kernel kernel(isa, format);
@@ -78,6 +92,9 @@ void init_testing(nb::module_& parent) {
     return PackedLayout::make(format_from_name(format), n_panels, k).panel_stride;
   });
   m.def("pack", &pack, nb::arg("isa"), nb::arg("format"), nb::arg("w"), nb::arg("up").none(), nb::arg("dst"));
+  m.def("repack", &repack);
+  m.def("direct", [](const std::string& format) { return std::string(format_info(format_info(format_from_name(format)).direct).name); });
+  m.def("published", [](const std::string& format) { return format_info(format_from_name(format)).published(); });
   // Fills out [32 * n_panels, k] fp32 with the weights as the kernels see them, in panel order.
   m.def("unpack", [](const std::string& format, const InArray& weights, int n_panels, int k, const OutArray& out) {
     const PackedMatrix w = packed(format_from_name(format), weights, n_panels, k);

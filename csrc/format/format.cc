@@ -5,15 +5,36 @@
 
 namespace ktmoe {
 namespace {
-template <class Traits>
+
+template <class T>
 constexpr FormatInfo info_of(WeightFormat format) {
-  return {format, Traits::name, Traits::k_step, Traits::per_word, Traits::has_scales, &Traits::dequantize};
+  FormatInfo info{};
+  info.format = format;
+  info.name = T::name;
+  info.direct = T::int8_products ? WeightFormat::int8 : WeightFormat::bf16;
+  info.k_step = T::k_step;
+  info.tile_bytes = T::rows * kRowBytes;
+  info.has_scales = T::has_scales;
+  info.dequantize = &T::dequantize;
+  return info;
 }
+
+template <class T>
+constexpr FormatInfo published_info_of(WeightFormat format) {
+  FormatInfo info = info_of<T>(format);
+  info.parts[0] = T::parts[0];
+  info.parts[1] = T::parts[1];
+  info.block = T::block;
+  info.repack = &T::repack;
+  return info;
+}
+
 }  // namespace
 
 const FormatInfo& format_info(WeightFormat format) {
   static constexpr FormatInfo table[] = {
 #define KTMOE_FORMAT(id, traits) info_of<traits>(WeightFormat::id),
+#define KTMOE_BLOCK_FORMAT(id, traits) published_info_of<traits>(WeightFormat::id),
 #include "format/formats.inc"
 #undef KTMOE_FORMAT
   };

@@ -5,26 +5,22 @@
 //   subnormal). tile = 16 rows x 64 bytes; row j holds, for each of 16 output columns, the quad k = 4j .. 4j+3.
 #pragma once
 
-#include <cmath>
-
-#include "base/bf16.h"
+#include "format/tile.h"
 
 namespace ktmoe {
 
 struct Int8Format {
   static constexpr const char* name = "int8";
   static constexpr int k_step = 64;
-  static constexpr int per_word = 4;
+  static constexpr int rows = 16;
+  static constexpr bool int8_products = true;
   static constexpr bool has_scales = true;
   static constexpr float max_level = 127.0f;
   static constexpr float smallest_max = 127.0f * 1.17549435e-38f;
 
   static float scale(float max_abs) { return max_abs < smallest_max ? 0.0f : max_abs / max_level; }
-  static std::int8_t quantize(float w, float scale) {
-    return scale == 0.0f ? std::int8_t{0} : static_cast<std::int8_t>(std::nearbyint(w / scale));
-  }
-  static float dequantize(const std::byte* word, int i, float scale) {
-    return static_cast<float>(static_cast<std::int8_t>(word[i])) * scale;
+  static float dequantize(const std::byte* tile, int column, int k, float scale) {
+    return static_cast<float>(load_as<std::int8_t>(tile_word(tile, k / 4, column) + k % 4)) * scale;
   }
 };
 

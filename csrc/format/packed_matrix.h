@@ -1,10 +1,12 @@
-// PackedMatrix: an immutable N x K weight matrix in VK tiles, the one copy that every kernel reads.
+// PackedMatrix: an immutable N x K weight matrix in tiles, the one copy that every kernel reads.
 //
-//   panel p (32 output columns x full K, contiguous):   k-step 0: [tile a 1 KB][tile b 1 KB]  k-step 1: [tile a][tile b] ...
+//   panel p (32 output columns x full K, contiguous):   k-step 0: [tile a][tile b]  k-step 1: [tile a][tile b] ...
 //   plain  matrix: tile a = columns 32p .. 32p+15,      tile b = columns 32p+16 .. 32p+31
 //   paired matrix: tile a = gate columns 16p .. 16p+15, tile b = up columns 16p .. 16p+15   (SwiGLU then is local to a panel)
 //   after the panels: one fp32 scale per panel column (formats with scales)
-// N and K are padded with zero weights to whole panels and k-steps, so that kernels know no tails.
+// A stored tile holds what its format says; the direct ones (bf16, int8) are 1 KB VK tiles.
+// N and K are padded with zero bytes to whole panels and k-steps, so that kernels know no tails: what a padded weight is worth does not
+// matter, since activations are padded with zeros, and padded columns are not read.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +17,7 @@
 namespace ktmoe {
 
 inline constexpr int kLayoutVersion = 1;  // of packed bytes on disk: any change of what this folder says raises it
-inline constexpr int kTileBytes = 1024;
+inline constexpr int kTileBytes = 1024;   // of a direct tile
 inline constexpr int kPanelColumns = 32;
 inline constexpr int kTileColumns = 16;
 
@@ -30,7 +32,7 @@ struct PackedLayout {
   static PackedLayout make(WeightFormat format, int n_panels, int k) {
     const FormatInfo& info = format_info(format);
     PackedLayout l{format, n_panels, k, ceil_div(k, info.k_step), 0, 0};
-    l.panel_stride = checked_mul(static_cast<std::size_t>(l.k_steps), 2 * kTileBytes);
+    l.panel_stride = checked_mul(static_cast<std::size_t>(l.k_steps), 2 * static_cast<std::size_t>(info.tile_bytes));
     // Backward walks across panels: a stride that is a multiple of 32 KB would map every panel to the same few sets of the L2.
     if (l.panel_stride % (32 * 1024) == 0) l.panel_stride += 2 * kTileBytes;
     l.bytes = checked_mul(l.panel_stride, static_cast<std::size_t>(n_panels));
@@ -41,6 +43,7 @@ struct PackedLayout {
   static PackedLayout paired(WeightFormat format, int n, int k) { return make(format, ceil_div(n, kTileColumns), k); }
 
   int k_padded() const { return k_steps * format_info(format).k_step; }
+  WeightFormat direct() const { return format_info(format).direct; }
 };
 
 class PackedMatrix {
@@ -51,14 +54,17 @@ class PackedMatrix {
   const PackedLayout& layout() const { return layout_; }
   const std::byte* data() const { return data_; }
   const std::byte* panel(int p) const { return data_ + layout_.panel_stride * static_cast<std::size_t>(p); }
+  const std::byte* tile(int p, int t, int step) const {
+    return panel(p) + static_cast<std::ptrdiff_t>(format_info(layout_.format).tile_bytes) * (2 * step + t);
+  }
   const float* scales() const { return reinterpret_cast<const float*>(panel(layout_.n_panels)); }
 
-  // The weight that the kernels use for panel column c (0..31) at k. Slow and readable: the truth for tests and export.
+  // The weight of panel column c (0..31) at k: what the kernels use, but for a rounding to bf16 where block formats become bf16 tiles.
+  // Slow and readable: the truth for tests and export.
   float weight(int p, int c, int k) const {
     const FormatInfo& info = format_info(layout_.format);
-    const std::byte* tile = panel(p) + 2 * kTileBytes * (k / info.k_step) + kTileBytes * (c / kTileColumns);
-    const std::byte* word = tile + 64 * (k % info.k_step / info.per_word) + 4 * (c % kTileColumns);
-    return info.dequantize(word, k % info.per_word, info.has_scales ? scales()[p * kPanelColumns + c] : 1.0f);
+    return info.dequantize(tile(p, c / kTileColumns, k / info.k_step), c % kTileColumns, k % info.k_step,
+                           info.has_scales ? scales()[p * kPanelColumns + c] : 1.0f);
   }
 
  private:

@@ -35,37 +35,44 @@ struct TileGemm {
 
   static std::size_t operand_bytes(WeightFormat format, int m, int k) {
     if (m <= kFewRows) return Vector::operand_bytes(format, m, k);
-    return tiled_bytes(m, ceil_div(k, format_info(format).k_step)) + (format == WeightFormat::int8 ? static_cast<std::size_t>(m) * 4 : 0);
+    return tiled_bytes(m, direct_steps_of(format, k)) + (Vector::int8_products(format) ? static_cast<std::size_t>(m) * 4 : 0);
+  }
+  static int direct_steps_of(WeightFormat format, int k) {
+    const FormatInfo& info = format_info(format);
+    return ceil_div(k, info.k_step) * direct_steps(info);
   }
 
   static void pack_operand(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, std::byte* dst) {
     if (m <= kFewRows) return Vector::pack_operand(format, rows, row_scale, m, k, dst);
-    const int k_step = format_info(format).k_step, steps = ceil_div(k, k_step), element = 64 / k_step;
+    const int k_step = format_info(format_info(format).direct).k_step, steps = direct_steps_of(format, k), element = 64 / k_step;
     for (int r = 0; r < round_up(m, 16); ++r) {
       const std::byte* row = nullptr;
       if (r < m) row = static_cast<const std::byte*>(rows.base) + rows.ld * element * (rows.index ? rows.index[r] : r);
       for (int s = 0; s < steps; ++s) {
         std::byte* out = dst + tile_at(m, steps, r / 16, s) + 64 * (r % 16);
-        const int valid = !row ? 0 : k - s * k_step < k_step ? (k - s * k_step) * element : 64;
-        std::memcpy(out, row + (row ? 64 * static_cast<std::ptrdiff_t>(s) : 0), static_cast<std::size_t>(valid));
+        const int left = (k - s * k_step) * element, valid = !row || left < 0 ? 0 : left < 64 ? left : 64;
+        std::memcpy(out, valid ? row + 64 * static_cast<std::ptrdiff_t>(s) : out, static_cast<std::size_t>(valid));
         std::memset(out + valid, 0, static_cast<std::size_t>(64 - valid));
       }
     }
-    if (format != WeightFormat::int8) return;
+    if (!Vector::int8_products(format)) return;
     auto* scale = reinterpret_cast<float*>(dst + tiled_bytes(m, steps));
     for (int r = 0; r < m; ++r) scale[r] = row_scale[rows.index ? rows.index[r] : r];
   }
 
   static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
     if (m <= kFewRows) return Vector::forward(operand, m, w, p0, p1, c, accumulate);
-    if (w.layout().format == WeightFormat::bf16) {
-      forward_tiles<false>(operand, m, w, p0, p1, c, accumulate);
-    } else {
-      forward_tiles<true>(operand, m, w, p0, p1, c, false);
-      Vector::scale_int8(reinterpret_cast<const float*>(operand + tiled_bytes(m, w.layout().k_steps)), nullptr, m, w, p0, p1, c);
+    const PackedLayout& l = w.layout();
+    const bool stored = l.format == l.direct();
+    if (!Vector::int8_products(l.format)) {
+      stored ? forward_tiles<false>(operand, m, w, p0, p1, c, accumulate) : forward_unpacked<false>(operand, m, w, p0, p1, c, accumulate);
+      return;
     }
+    stored ? forward_tiles<true>(operand, m, w, p0, p1, c, false) : forward_unpacked<true>(operand, m, w, p0, p1, c, false);
+    Vector::scale_int8(reinterpret_cast<const float*>(operand + tiled_bytes(m, direct_steps_of(l.format, l.k))), nullptr, m, w, p0, p1, c);
   }
 
+  // Tiles as they lie in memory: the activations of a step block stay in L1, the weights stream.
   template <bool kInt8>
   static void forward_tiles(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
     const Session session;
@@ -73,21 +80,51 @@ struct TileGemm {
     for (int s0 = 0; s0 < steps; s0 += kStepBlock) {
       const int n = steps - s0 < kStepBlock ? steps - s0 : kStepBlock;
       for (int block = 0; block < ceil_div(m, 32); ++block)
-        for (int p = p0; p < p1; ++p) {
-          const std::byte* a = operand + tile_at(m, steps, 2 * block, s0);
-          const std::byte* b = w.panel(p) + static_cast<std::ptrdiff_t>(s0) * kPairBytes;
-          float* at = c + static_cast<std::size_t>(p - p0) * c_block_floats(m) + block * 32 * kPanelColumns;
-          if (block_tiles(m, block) == 2)
-            accumulate_tiles<kInt8, 2>(a, kPairBytes, kTileBytes, b, kPairBytes, kTileBytes, n, at, 16 * kPanelColumns, 16, kPanelColumns,
-                                       accumulate || s0 > 0);
-          else
-            accumulate_tiles<kInt8, 1>(a, kTileBytes, 0, b, kPairBytes, kTileBytes, n, at, 0, 16, kPanelColumns, accumulate || s0 > 0);
-        }
+        for (int p = p0; p < p1; ++p)
+          forward_block<kInt8, true>(operand, m, steps, block, s0, n, w.tile(p, 0, s0),
+                                     c + static_cast<std::size_t>(p - p0) * c_block_floats(m), accumulate || s0 > 0);
     }
   }
 
-  // C (+)= sum over n steps of A B, for kA A tiles and two B tiles; the A side is reused (L1), the B side streams.
-  template <bool kInt8, int kA>
+  // Tiles that are unpacked into L1 once for all rows: now the weights stay and the activations stream.
+  template <bool kInt8>
+  static void forward_unpacked(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+    constexpr int kSteps = 8;  // 16 KB of tiles
+    alignas(64) std::byte tiles[kSteps * kPairBytes];
+    const Session session;
+    const int steps = direct_steps_of(w.layout().format, w.layout().k);
+    for (int p = p0; p < p1; ++p, c += c_block_floats(m))
+      for (int s0 = 0; s0 < steps; s0 += kSteps) {
+        const int n = steps - s0 < kSteps ? steps - s0 : kSteps;
+        for (int i = 0; i < 2 * n; ++i) Unpack<V>::tile(w, p, i % 2, s0 + i / 2, tiles + i * kTileBytes);
+        for (int block = 0; block < ceil_div(m, 32); ++block)
+          forward_block<kInt8, false>(operand, m, steps, block, s0, n, tiles, c, accumulate || s0 > 0);
+      }
+  }
+
+  // 32 rows x one panel: steps [s0, s0 + n) of `steps`, whose weights begin at b.
+  template <bool kInt8, bool kStreamB>
+  static inline __attribute__((always_inline)) void forward_block(const std::byte* operand, int m, int steps, int block, int s0, int n,
+                                                                  const std::byte* b, float* c, bool accumulate) {
+    const std::byte* a = operand + tile_at(m, steps, 2 * block, s0);
+    float* at = c + block * 32 * kPanelColumns;
+    if (block_tiles(m, block) == 2)
+      accumulate_tiles<kInt8, 2, kStreamB>(a, kPairBytes, kTileBytes, b, kPairBytes, kTileBytes, n, at, 16 * kPanelColumns, 16,
+                                           kPanelColumns, accumulate);
+    else
+      accumulate_tiles<kInt8, 1, kStreamB>(a, kTileBytes, 0, b, kPairBytes, kTileBytes, n, at, 0, 16, kPanelColumns, accumulate);
+  }
+
+  template <int t, bool kStream>
+  static inline __attribute__((always_inline)) void load_tile(const std::byte* p) {
+    if constexpr (kStream)
+      T::template load_streamed<t>(p, 64);
+    else
+      T::template load<t>(p, 64);
+  }
+
+  // C (+)= sum over n steps of A B, for kA A tiles and two B tiles; one side streams, the other is reused (L1).
+  template <bool kInt8, int kA, bool kStreamB = true>
   static inline __attribute__((always_inline)) void accumulate_tiles(const std::byte* a, std::ptrdiff_t a_step, std::ptrdiff_t a_tile,
                                                                      const std::byte* b, std::ptrdiff_t b_step, std::ptrdiff_t b_tile,
                                                                      int n, float* c, std::ptrdiff_t c_a, std::ptrdiff_t c_b,
@@ -104,12 +141,12 @@ struct TileGemm {
       if constexpr (kA == 2) T::template zero<3>();
     }
     for (int s = 0; s < n; ++s, a += a_step, b += b_step) {
-      T::template load_streamed<6>(b, 64);
-      T::template load<4>(a, 64);
+      load_tile<6, kStreamB>(b);
+      load_tile<4, !kStreamB>(a);
       T::template multiply<kInt8, 0, 4, 6>();
-      if constexpr (kA == 2) T::template load<5>(a + a_tile, 64);
+      if constexpr (kA == 2) load_tile<5, !kStreamB>(a + a_tile);
       if constexpr (kA == 2) T::template multiply<kInt8, 2, 5, 6>();
-      T::template load_streamed<7>(b + b_tile, 64);
+      load_tile<7, kStreamB>(b + b_tile);
       if constexpr (kA == 2) T::template multiply<kInt8, 3, 5, 7>();
       T::template multiply<kInt8, 1, 4, 7>();
     }
@@ -149,26 +186,36 @@ struct TileGemm {
   static void backward(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
     if (m <= kFewRows) return Vector::backward(operand, m, w, s0, s1, c, accumulate);
     const Session session;
-    const int words = format_info(w.layout().format).per_word;
-    for (int s = s0; s < s1; ++s, c += c_block_floats(m) * static_cast<std::size_t>(words / 2)) {
-      if (words == 2)
-        backward_step<2>(operand, m, w, s, c, accumulate);
-      else
+    const bool int8 = Vector::int8_products(w.layout().format);
+    const int per_tile = direct_steps(format_info(w.layout().format));
+    for (int s = s0 * per_tile; s < s1 * per_tile; ++s, c += c_block_floats(m) * (int8 ? 2 : 1)) {
+      if (int8)
         backward_step<4>(operand, m, w, s, c, accumulate);
+      else
+        backward_step<2>(operand, m, w, s, c, accumulate);
     }
   }
 
+  // Direct k-step s.
   template <int kWords>
   static void backward_step(const std::byte* operand, int m, const PackedMatrix& w, int s, float* c, bool accumulate) {
     constexpr int kPanels = 16 / kWords;  // a round expands 16 KB of A tiles: they stay in L1 for all rows
     alignas(64) std::byte expanded[kPanels * kWords * kTileBytes];
     alignas(64) float sums[kWords * kMaxTiles * 256];  // C^T: [k tile][row tile][16 k][16 rows]
     const int n_panels = w.layout().n_panels;
+    const bool stored = w.layout().format == w.layout().direct();
     for (int p = 0; p < n_panels; p += kPanels) {
       const int n = n_panels - p < kPanels ? n_panels - p : kPanels;
       for (int i = 0; i < n; ++i) {
-        const std::byte* tile = w.panel(p + i) + static_cast<std::ptrdiff_t>(s) * kPairBytes;
-        expand_lanes<kWords>(tile, tile + kTileBytes, expanded + i * kWords * kTileBytes);
+        alignas(64) std::byte unpacked[kPairBytes];
+        const std::byte* pair = unpacked;
+        if (stored) {
+          pair = w.tile(p + i, 0, s);
+        } else {
+          Unpack<V>::tile(w, p + i, 0, s, unpacked);
+          Unpack<V>::tile(w, p + i, 1, s, unpacked + kTileBytes);
+        }
+        expand_lanes<kWords>(pair, pair + kTileBytes, expanded + i * kWords * kTileBytes);
       }
       for (int block = 0; block < ceil_div(m, 32); ++block)
         for (int k = 0; k < kWords; k += 2)

@@ -71,3 +71,9 @@ struct Int8VnniDot : Int8PairDot<V> {
   }
   static void pack(const std::int8_t* x, std::uint32_t* word0, std::uint32_t*) { std::memcpy(word0, x, 4); }
 };
+
+// The same products on tiles that were unpacked into cache: nothing to prefetch.
+template <class Dot>
+struct InCache : Dot {
+  static constexpr bool streamed = false;
+};

@@ -17,6 +17,7 @@ struct Elementwise {
       V::transpose16(src, ld * 2, dst);
       return;
     }
+    if (format == WeightFormat::int4) return Int4Quantizer<V>::tile(src, ld, rows, columns, scale, dst);
     alignas(64) std::byte staged[kTileBytes] = {};
     for (int r = 0; r < rows; ++r) {
       if (format == WeightFormat::bf16)

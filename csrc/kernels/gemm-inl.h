@@ -9,16 +9,20 @@ struct VectorGemm {
   using F = typename V::F;
   static constexpr int kMaxBlockRows = 256;
 
+  static constexpr int kFewRows = 2;  // block formats are unpacked in registers for so many rows, into cache for more
+
+  static bool int8_products(WeightFormat format) { return format_info(format).direct == WeightFormat::int8; }
   static std::size_t words_per_row(WeightFormat format, int k) {
-    const int rows64 = ceil_div(k, format_info(format).k_step) * 16;
-    return static_cast<std::size_t>(rows64) * (format == WeightFormat::int8 ? Int8Dot::words : Bf16Dot<V>::words);
+    const FormatInfo& info = format_info(format);
+    const int rows64 = ceil_div(k, info.k_step) * direct_steps(info) * 16;
+    return static_cast<std::size_t>(rows64) * (int8_products(format) ? Int8Dot::words : Bf16Dot<V>::words);
   }
 
   // --- operands ---
 
   static std::size_t operand_bytes(WeightFormat format, int m, int k) {
     const std::size_t rows = static_cast<std::size_t>(m);
-    return rows * words_per_row(format, k) * 4 + (format == WeightFormat::int8 ? rows * 8 : 0);
+    return rows * words_per_row(format, k) * 4 + (int8_products(format) ? rows * 8 : 0);
   }
 
   // 16 floats of a bf16 row from column j; columns at or beyond `columns` are zero and are not read.
@@ -47,11 +51,12 @@ struct VectorGemm {
   }
 
   static void pack_operand(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, std::byte* dst) {
-    if (format == WeightFormat::bf16) {
-      pack_floats(rows, nullptr, m, k, round_up(k, Bf16Format::k_step), reinterpret_cast<float*>(dst));
+    const int padded = round_up(k, format_info(format).k_step);
+    if (!int8_products(format)) {
+      pack_floats(rows, nullptr, m, k, padded, reinterpret_cast<float*>(dst));
       return;
     }
-    const int quads = ceil_div(k, Int8Format::k_step) * 16;
+    const int quads = padded / 4;
     auto* words = reinterpret_cast<std::uint32_t*>(dst);
     auto* scale = reinterpret_cast<float*>(words + static_cast<std::size_t>(m) * words_per_row(format, k));
     auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
@@ -95,12 +100,51 @@ struct VectorGemm {
   // --- forward ---
 
   static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
-    if (w.layout().format == WeightFormat::bf16) {
-      forward_steps<Bf16Dot<V>>(operand, m, w, p0, p1, c, accumulate);
-    } else {
-      forward_steps<Int8Dot>(operand, m, w, p0, p1, c, false);
-      scale_int8(operand, m, w, p0, p1, c);
+    switch (w.layout().format) {
+      case WeightFormat::bf16:
+        return forward_steps<Bf16Dot<V>>(operand, m, w, p0, p1, c, accumulate);
+      case WeightFormat::int8:
+        forward_steps<Int8Dot>(operand, m, w, p0, p1, c, false);
+        return scale_int8(operand, m, w, p0, p1, c);
+      case WeightFormat::int4:
+        forward_unpacked<InCache<Int8Dot>>(operand, m, w, p0, p1, c, false);
+        return scale_int8(operand, m, w, p0, p1, c);
+#define KTMOE_FORMAT(id, traits)
+#define KTMOE_BLOCK_FORMAT(id, traits)                                                      \
+  case WeightFormat::id:                                                                    \
+    if (m <= kFewRows) return forward_blocks<traits>(operand, m, w, p0, p1, c, accumulate); \
+    break;
+#include "format/formats.inc"
+#undef KTMOE_FORMAT
     }
+    forward_unpacked<InCache<Bf16Dot<V>>>(operand, m, w, p0, p1, c, accumulate);
+  }
+
+  template <class Fmt>
+  static void forward_blocks(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+    const auto* x = reinterpret_cast<const float*>(operand);
+    for (int p = p0; p < p1; ++p, c += c_block_floats(m)) {
+      if (m == 1)
+        mac_blocks<V, Fmt, 1>(w.panel(p), w.layout().k_steps, x, c, kPanelColumns, accumulate);
+      else
+        mac_blocks<V, Fmt, 2>(w.panel(p), w.layout().k_steps, x, c, kPanelColumns, accumulate);
+    }
+  }
+
+  // Each step block becomes direct tiles once, then all rows pass by.
+  template <class Dot>
+  static void forward_unpacked(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+    alignas(64) std::byte tiles[kStepBlockBytes];
+    const PackedLayout& l = w.layout();
+    const std::size_t words = words_per_row(l.format, l.k);
+    const int all = l.k_steps * direct_steps(format_info(l.format));
+    for (int p = p0; p < p1; ++p, c += c_block_floats(m))
+      for (int s = 0; s < all; s += kStepBlock) {
+        const int steps = all - s < kStepBlock ? all - s : kStepBlock;
+        for (int i = 0; i < 2 * steps; ++i) Unpack<V>::tile(w, p, i % 2, s + i / 2, tiles + i * kTileBytes);
+        mac_rows<V, Dot>(tiles, 2 * kTileBytes, kTileBytes, 2, s, steps, reinterpret_cast<const std::uint32_t*>(operand), words, m, c,
+                         kPanelColumns, accumulate || s > 0);
+      }
   }
 
   template <class Dot>
@@ -111,9 +155,8 @@ struct VectorGemm {
     for (int p = p0; p < p1; ++p)
       for (int s = 0; s < l.k_steps; s += block) {
         const int steps = l.k_steps - s < block ? l.k_steps - s : block;
-        mac_rows<V, Dot>(w.panel(p) + static_cast<std::ptrdiff_t>(s) * 2 * kTileBytes, 2 * kTileBytes, kTileBytes, 2, s, steps,
-                         reinterpret_cast<const std::uint32_t*>(operand), words, m,
-                         c + static_cast<std::size_t>(p - p0) * c_block_floats(m), kPanelColumns, accumulate || s > 0);
+        mac_rows<V, Dot>(w.tile(p, 0, s), 2 * kTileBytes, kTileBytes, 2, s, steps, reinterpret_cast<const std::uint32_t*>(operand), words,
+                         m, c + static_cast<std::size_t>(p - p0) * c_block_floats(m), kPanelColumns, accumulate || s > 0);
       }
   }
 
@@ -141,12 +184,14 @@ struct VectorGemm {
   // tile, so a row holds k = per_word * j + i. mac() then contracts over n; the k order is restored at the end.
 
   static void backward(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
-    if (w.layout().format == WeightFormat::bf16)
-      backward_steps<2>(operand, m, w, s0, s1, c, accumulate);
+    const int per_tile = direct_steps(format_info(w.layout().format));
+    if (int8_products(w.layout().format))
+      backward_steps<4>(operand, m, w, s0 * per_tile, s1 * per_tile, c, accumulate);
     else
-      backward_steps<4>(operand, m, w, s0, s1, c, accumulate);
+      backward_steps<2>(operand, m, w, s0 * per_tile, s1 * per_tile, c, accumulate);
   }
 
+  // Direct k-steps [s0, s1).
   template <int kWords>
   static void backward_steps(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
     constexpr int kPanels = 8 / kWords;  // a round expands 16 KB, half of a small L1
@@ -158,8 +203,7 @@ struct VectorGemm {
       for (int p = 0; p < n_panels; p += kPanels) {
         const int panels = n_panels - p < kPanels ? n_panels - p : kPanels;
         for (int i = 0; i < 2 * panels; ++i)
-          expand_transposed<kWords>(w.panel(p + i / 2) + (2 * static_cast<std::ptrdiff_t>(s) + i % 2) * kTileBytes, s + 1 < s1,
-                                    expanded + static_cast<std::size_t>(i) * kWords * kTileBytes);
+          expand_transposed<kWords>(w, p + i / 2, i % 2, s, s + 1 < s1, expanded + static_cast<std::size_t>(i) * kWords * kTileBytes);
         mac_rows<V, F32Dot<V>>(expanded, kWords * kTileBytes, kTileBytes, kWords, 2 * p, 2 * panels,
                                reinterpret_cast<const std::uint32_t*>(operand), words, m, planes, 16 * kWords, p > 0);
       }
@@ -172,11 +216,17 @@ struct VectorGemm {
   }
 
   template <int kWords>
-  static void expand_transposed(const std::byte* tile, bool more, std::byte* dst) {
-    if (more)  // the next k-step walks over all panels again, 2 KB further on in each: too far apart for the hardware to foresee
-      for (int j = 0; j < 16; ++j) __builtin_prefetch(tile + 2 * kTileBytes + 64 * j, 0, 2);
+  static void expand_transposed(const PackedMatrix& w, int p, int t, int step, bool more, std::byte* dst) {
     alignas(64) std::byte rows[kTileBytes];
-    V::transpose16(tile, 64, rows);
+    if (w.layout().format == w.layout().direct()) {
+      const std::byte* tile = w.tile(p, t, step);
+      if (more)  // the next k-step walks over all panels again, 2 KB further on in each: too far apart for the hardware to foresee
+        for (int j = 0; j < 16; ++j) __builtin_prefetch(tile + 2 * kTileBytes + 64 * j, 0, 2);
+      V::transpose16(tile, 64, rows);
+    } else {
+      Unpack<V>::tile(w, p, t, step, rows);
+      V::transpose16(rows, 64, rows);
+    }
     for (int n = 0; n < 16; ++n) {
       const auto word = V::load_i(rows + 64 * n);
       auto* out = reinterpret_cast<float*>(dst + 64 * n);

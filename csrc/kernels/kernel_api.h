@@ -38,17 +38,18 @@ struct KernelTable {
   int block_rows;  // most rows of one block
 
   // --- packing weights ---
+  // Formats that are made here from bf16: bf16, int8, int4. Published formats are repacked as they are: see FormatInfo.
   // scale[r] of each of `rows` (<= 16) source rows of `k` bf16 at stride ld; formats with scales only.
   void (*row_scales)(WeightFormat, const bf16* src, std::ptrdiff_t ld, int rows, int k, float* scale);
-  // One 1 KB tile from rows (<= 16) x columns (<= k_step), zero padded. scale: as row_scales made it, or null.
+  // One stored tile from rows (<= 16) x columns (<= k_step), zero padded. scale: as row_scales made it, or null.
   void (*pack_tile)(WeightFormat, const bf16* src, std::ptrdiff_t ld, int rows, int columns, const float* scale, std::byte* dst);
 
   // --- forward: C = X W^T ---
   // int8 activations: one symmetric scale per row (as Int8Format), zero padded to ld columns. A row with NaN or Inf gets scale NaN.
   void (*quantize_rows)(RowSource bf16_rows, int m, int k, std::int8_t* dst, std::ptrdiff_t ld, float* scale);
   std::size_t (*operand_bytes)(WeightFormat, int m, int k);
-  // bf16: rows are bf16 and row_scale is null. int8: rows are int8 (readable to the padded k) and row_scale[i] belongs to row i of
-  // the source (it goes through `index` too).
+  // Formats that multiply in bf16: rows are bf16 and row_scale is null. Those that multiply in int8: rows are int8 (readable to the padded
+  // k) and row_scale[i] belongs to row i of the source (it goes through `index` too).
   void (*pack_operand)(WeightFormat, RowSource rows, const float* row_scale, int m, int k, std::byte* dst);
   // Panels [p0, p1) of w; accumulate adds to C (formats without scales only).
   void (*forward)(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate);
@@ -58,7 +59,7 @@ struct KernelTable {
   std::size_t (*grad_operand_bytes)(int m, int n_panels);
   // `columns` <= 32 * n_panels are read, the rest counts as zero.
   void (*pack_grad_operand)(RowSource dy, const float* column_scale, int m, int columns, int n_panels, std::byte* dst);
-  // k-steps [s0, s1) of w: k_step / 32 C blocks each, columns in natural order. The weights' scales are not applied here.
+  // Stored k-steps [s0, s1) of w: k_step / 32 C blocks each, columns in natural order. The weights' scales are not applied here.
   void (*backward)(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate);
 
   // --- gradients of small matrices: out[i][j] (+)= sum over rows of P[row][i] * Q[row][j] ---

@@ -7,7 +7,8 @@ struct Vec {
   struct I {
     __m256i a, b;
   };
-  static constexpr int kRows = 6;  // 6 x 16 columns = 12 of the 16 registers accumulate
+  static constexpr bool kPlainLoops = false;  // no unrolled instruction sequences
+  static constexpr int kRows = 6;             // 6 x 16 columns = 12 of the 16 registers accumulate
   static constexpr int kTiles = 1;
 
 #define KTMOE_INLINE static inline __attribute__((always_inline))
@@ -24,6 +25,17 @@ struct Vec {
   KTMOE_INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
   KTMOE_INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
   KTMOE_INLINE F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+  KTMOE_INLINE F positive(F x) {
+    const __m256 one = _mm256_set1_ps(1.0f), zero = _mm256_setzero_ps();
+    return {_mm256_and_ps(one, _mm256_cmp_ps(x.a, zero, _CMP_GT_OQ)), _mm256_and_ps(one, _mm256_cmp_ps(x.b, zero, _CMP_GT_OQ))};
+  }
+  KTMOE_INLINE void keep_less(F x, F& best, F new_a, F& a, F new_b, F& b) {
+    const F less{_mm256_cmp_ps(x.a, best.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, best.b, _CMP_LT_OQ)};
+    auto take = [&](F& to, F from) { to = {_mm256_blendv_ps(to.a, from.a, less.a), _mm256_blendv_ps(to.b, from.b, less.b)}; };
+    take(best, x);
+    take(a, new_a);
+    take(b, new_b);
+  }
   KTMOE_INLINE F abs(F x) { return as_f(and_i(as_i(x), 0x7fffffff)); }
   KTMOE_INLINE float hmax(F x) {
     const __m256 m = _mm256_max_ps(x.a, x.b);
@@ -92,6 +104,23 @@ struct Vec {
     return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(x.b, y.b))};
   }
 
+  KTMOE_INLINE F load_f16(const void* p) {
+    const auto* h = static_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
+  }
+  KTMOE_INLINE I bf16_pairs(F even, F odd) { return {bf16_pairs8(even.a, odd.a), bf16_pairs8(even.b, odd.b)}; }
+  KTMOE_INLINE F table16(I index, const float* table) { return {table16(index.a, table), table16(index.b, table)}; }
+  template <int from, int to>
+  KTMOE_INLINE I move_bit(I x) {
+    if constexpr (from > to)
+      return shr<from - to>(x);
+    else
+      return shl<to - from>(x);
+  }
+  KTMOE_INLINE I mullo16(I x, I y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }
+  KTMOE_INLINE I mulhi16(I x, I y) { return {_mm256_mulhi_epu16(x.a, y.a), _mm256_mulhi_epu16(x.b, y.b)}; }
+  KTMOE_INLINE I sub8(I x, I y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
+
   KTMOE_INLINE void transpose16(const void* src, std::ptrdiff_t stride, void* dst) {
     const auto* s = static_cast<const std::byte*>(src);
     auto* d = static_cast<float*>(dst);
@@ -113,6 +142,20 @@ struct Vec {
   }
 
  private:
+  // Without a word for NaN: round_bf16 has it.
+  KTMOE_INLINE __m256i rounded_up(__m256 x) {
+    const __m256i u = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  }
+  KTMOE_INLINE __m256i bf16_pairs8(__m256 even, __m256 odd) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(rounded_up(even), 16), rounded_up(odd), 0xaa);
+  }
+  KTMOE_INLINE __m256 table16(__m256i index, const float* table) {
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
   // Upper half = x rounded to bf16, in the low 16 bits of each lane.
   KTMOE_INLINE __m256i round_bf16(__m256 x) {
     const __m256i u = _mm256_castps_si256(x);

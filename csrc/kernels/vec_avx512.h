@@ -3,7 +3,8 @@
 struct Vec {
   using F = __m512;
   using I = __m512i;
-  static constexpr int kRows = 12;  // 12 x 32 columns = 24 of the 32 registers accumulate
+  static constexpr bool kPlainLoops = false;  // no unrolled instruction sequences
+  static constexpr int kRows = 12;            // 12 x 32 columns = 24 of the 32 registers accumulate
   static constexpr int kTiles = 2;
 
 #define KTMOE_INLINE static inline __attribute__((always_inline))
@@ -17,6 +18,13 @@ struct Vec {
   KTMOE_INLINE F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
   KTMOE_INLINE F max(F x, F y) { return _mm512_max_ps(x, y); }
   KTMOE_INLINE F min(F x, F y) { return _mm512_min_ps(x, y); }
+  KTMOE_INLINE F positive(F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set(0.0f), _CMP_GT_OQ), set(1.0f)); }
+  KTMOE_INLINE void keep_less(F x, F& best, F new_a, F& a, F new_b, F& b) {
+    const __mmask16 less = _mm512_cmp_ps_mask(x, best, _CMP_LT_OQ);
+    best = _mm512_mask_mov_ps(best, less, x);
+    a = _mm512_mask_mov_ps(a, less, new_a);
+    b = _mm512_mask_mov_ps(b, less, new_b);
+  }
   KTMOE_INLINE F abs(F x) { return as_f(and_i(as_i(x), 0x7fffffff)); }
   KTMOE_INLINE float hmax(F x) { return hreduce<true>(x); }
   KTMOE_INLINE float hsum(F x) { return hreduce<false>(x); }
@@ -63,6 +71,23 @@ struct Vec {
   KTMOE_INLINE I odd_s8(I x) { return _mm512_srai_epi16(x, 8); }
   KTMOE_INLINE I madd(I acc, I x, I y) { return _mm512_add_epi32(acc, _mm512_madd_epi16(x, y)); }
 
+  KTMOE_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+  KTMOE_INLINE I bf16_pairs(F even, F odd) {
+    const I low = _mm512_srli_epi32(rounded_up(even), 16);
+    return _mm512_mask_mov_epi16(low, 0xaaaaaaaa, rounded_up(odd));
+  }
+  KTMOE_INLINE F table16(I index, const float* table) { return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table)); }
+  template <int from, int to>
+  KTMOE_INLINE I move_bit(I x) {
+    if constexpr (from > to)
+      return shr<from - to>(x);
+    else
+      return shl<to - from>(x);
+  }
+  KTMOE_INLINE I mullo16(I x, I y) { return _mm512_mullo_epi16(x, y); }
+  KTMOE_INLINE I mulhi16(I x, I y) { return _mm512_mulhi_epu16(x, y); }
+  KTMOE_INLINE I sub8(I x, I y) { return _mm512_sub_epi8(x, y); }
+
   KTMOE_INLINE void transpose16(const void* src, std::ptrdiff_t stride, void* dst) {
     const auto* s = static_cast<const std::byte*>(src);
     auto* d = static_cast<std::byte*>(dst);
@@ -100,6 +125,10 @@ struct Vec {
   }
 
  private:
+  KTMOE_INLINE I rounded_up(F x) {  // finite numbers only
+    const I u = as_i(x);
+    return add_i(add_i(u, set_i(0x7fff)), and_i(shr<16>(u), 1));
+  }
   template <bool kMax>
   KTMOE_INLINE float hreduce(F x) {  // the tree of vec_portable.h
     const __m256 lo = _mm512_castps512_ps256(x), hi = _mm512_extractf32x8_ps(x, 1);

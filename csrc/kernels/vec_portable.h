@@ -10,8 +10,9 @@ struct Vec {
   struct I {
     std::int32_t v[16];
   };
-  static constexpr int kRows = 4;   // rows of C that one inner loop accumulates
-  static constexpr int kTiles = 1;  // tiles of 16 columns beside each other in it
+  static constexpr bool kPlainLoops = true;  // no unrolled instruction sequences
+  static constexpr int kRows = 4;            // rows of C that one inner loop accumulates
+  static constexpr int kTiles = 1;           // tiles of 16 columns beside each other in it
 
   template <class Op>
   static F each(Op op) {
@@ -56,6 +57,18 @@ struct Vec {
   }
   static F min(F a, F b) {
     return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F positive(F a) {  // 1 where a > 0, else 0
+    return each([&](int i) { return a.v[i] > 0 ? 1.0f : 0.0f; });
+  }
+  // Where x < best: best = x, a = new_a, b = new_b.
+  static void keep_less(F x, F& best, F new_a, F& a, F new_b, F& b) {
+    for (int i = 0; i < 16; ++i)
+      if (x.v[i] < best.v[i]) {
+        best.v[i] = x.v[i];
+        a.v[i] = new_a.v[i];
+        b.v[i] = new_b.v[i];
+      }
   }
   static F abs(F a) { return as_f(and_i(as_i(a), 0x7fffffff)); }
   static float hmax(F a) {
@@ -127,11 +140,44 @@ struct Vec {
   static F load_bf16(const bf16* p) {
     return each([&](int i) { return to_float(p[i]); });
   }
+  // 16 consecutive IEEE halves (finite ones) as floats.
+  static F load_f16(const void* p) {
+    return each([&](int i) { return f16_to_float(load_as<std::uint16_t>(static_cast<const std::byte*>(p) + 2 * i)); });
+  }
   static void store_bf16(bf16* p, F x) {
     for (int i = 0; i < 16; ++i) p[i] = to_bf16(x.v[i]);
   }
   static void store_s8(std::int8_t* p, I x) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(x.v[i]);
+  }
+
+  // Each lane: bf16 of even in the low half, of odd in the high half; round to nearest even. Finite numbers only.
+  static I bf16_pairs(F even, F odd) {
+    return each_i([&](int i) {
+      return pair16(static_cast<std::int16_t>(to_bf16(even.v[i]).bits), static_cast<std::int16_t>(to_bf16(odd.v[i]).bits));
+    });
+  }
+  static F table16(I index, const float* table) {  // index 0 .. 15
+    return each([&](int i) { return table[index.v[i]]; });
+  }
+  // Bit `from` of each lane (and its neighbours) moved to bit `to`.
+  template <int from, int to>
+  static I move_bit(I a) {
+    if constexpr (from > to)
+      return shr<from - to>(a);
+    else
+      return shl<to - from>(a);
+  }
+  // Two unsigned 16-bit numbers a lane: low and high half of their products; four bytes a lane: a - b, wrapping.
+  static I mullo16(I a, I b) {
+    return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y; });
+  }
+  static I mulhi16(I a, I b) {
+    return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y >> 16; });
+  }
+  static I sub8(I a, I b) {
+    const auto high = static_cast<std::int32_t>(0x80808080u);
+    return each_i([&](int i) { return ((a.v[i] | high) - (b.v[i] & ~high)) ^ ((a.v[i] ^ ~b.v[i]) & high); });
   }
 
   // int8 words: bytes 0 and 2 (even) or 1 and 3 (odd) as two int16 of each lane; madd: acc + a.lo * b.lo + a.hi * b.hi.
@@ -172,6 +218,13 @@ struct Vec {
   }
 
  private:
+  template <class Op>
+  static I each_halves(I a, I b, Op op) {
+    return each_i([&](int i) {
+      const auto x = static_cast<std::uint32_t>(a.v[i]), y = static_cast<std::uint32_t>(b.v[i]);
+      return static_cast<std::int32_t>((op(x & 0xffff, y & 0xffff) & 0xffff) | op(x >> 16, y >> 16) << 16);
+    });
+  }
   static std::int32_t pair16(std::int16_t lo, std::int16_t hi) {
     return static_cast<std::int32_t>((static_cast<std::uint32_t>(static_cast<std::uint16_t>(hi)) << 16) | static_cast<std::uint16_t>(lo));
   }

@@ -74,7 +74,7 @@ class ExpertBackward {
   }
 
  private:
-  bool scaled() const { return format_info(p_.config.format).has_scales; }
+  static bool scaled(const PackedMatrix& w) { return format_info(w.layout().format).has_scales; }
   bool want_lora() const { return p_.lora && p_.grads.lora[0]; }
   int rank() const { return p_.lora->rank; }
   int gate_up_columns() const { return expert_.gate_up.layout().n_panels * kPanelColumns; }
@@ -104,7 +104,7 @@ class ExpertBackward {
     for (bf16** v : {&v_gate_up_, &v_down_, &wv_down_, &wu_down_}) *v = take<bf16>(m, static_cast<int>(v_ld_));
     const int v_panels = static_cast<int>(v_ld_) / kPanelColumns;
     v_operand_ = scratch_.take<std::byte>(k_.grad_operand_bytes(most, v_panels));
-    if (scaled()) {
+    if (scaled(expert_.gate_up) || scaled(expert_.down)) {
       plain_operand_ = scratch_.take<std::byte>(k_.grad_operand_bytes(most, std::max(down_panels, gate_up_panels)));
     }
     if (!want_lora()) return;
@@ -144,16 +144,16 @@ class ExpertBackward {
   }
 
   void down_lora() {
-    std::byte* operand = scaled() ? plain_operand_ : dy_operand_;
+    std::byte* operand = scaled(expert_.down) ? plain_operand_ : dy_operand_;
     k_.pack_grad_operand(dy(), nullptr, m_, p_.config.hidden, expert_.down.layout().n_panels, operand);
     lora_through_b(operand, lora_.b_down, lora_.a_down, rank(), v_down_);
   }
 
   // dY -> dH~ -> dG|dU, h, and the router's dot products.
   void through_down() {
-    if (scaled() || !p_.lora)
-      k_.pack_grad_operand(dy(), scaled() ? expert_.down.scales() : nullptr, m_, p_.config.hidden, expert_.down.layout().n_panels,
-                           dy_operand_);
+    if (scaled(expert_.down) || !p_.lora)
+      k_.pack_grad_operand(dy(), scaled(expert_.down) ? expert_.down.scales() : nullptr, m_, p_.config.hidden,
+                           expert_.down.layout().n_panels, dy_operand_);
     const int groups = ceil_div(h_columns(), kGroupColumns);
     const std::ptrdiff_t gu_ld = gate_up_columns();
     const bf16* gate_up = p_.chunk.gate_up.as<bf16>() + block_.begin * gu_ld;
@@ -172,14 +172,14 @@ class ExpertBackward {
   }
 
   void gate_up_lora() {
-    std::byte* operand = scaled() ? plain_operand_ : dgu_operand_;
+    std::byte* operand = scaled(expert_.gate_up) ? plain_operand_ : dgu_operand_;
     k_.pack_grad_operand({dgu_, dgu_ld_, nullptr}, nullptr, m_, gate_up_columns(), expert_.gate_up.layout().n_panels, operand);
     lora_through_b(operand, lora_.b_gate_up, lora_.a_gate_up, 2 * rank(), v_gate_up_);
   }
 
   void through_gate_up() {
-    if (scaled() || !p_.lora)
-      k_.pack_grad_operand({dgu_, dgu_ld_, nullptr}, scaled() ? expert_.gate_up.scales() : nullptr, m_, gate_up_columns(),
+    if (scaled(expert_.gate_up) || !p_.lora)
+      k_.pack_grad_operand({dgu_, dgu_ld_, nullptr}, scaled(expert_.gate_up) ? expert_.gate_up.scales() : nullptr, m_, gate_up_columns(),
                            expert_.gate_up.layout().n_panels, dgu_operand_);
     if (!p_.rows) return;
     const int hidden = static_cast<int>(p_.rows_ld);

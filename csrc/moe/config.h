@@ -14,7 +14,8 @@ struct MoeConfig {
   int top_k;
   int hidden;
   int inter;
-  WeightFormat format;
+  WeightFormat format;       // of gate and up
+  WeightFormat down_format;  // of down
   Isa isa;
   int chunk_tokens;                  // most tokens of one pass; 0: only the bound on scratch counts
   std::vector<std::uint8_t> on_gpu;  // [n_experts], 1 = not computed here and no memory; or empty

@@ -43,12 +43,13 @@ class BlockForward {
 
   void allocate(Scratch& scratch) {
     const KernelTable& k = p_.kernels;
-    const WeightFormat f = p_.config.format, lora_format = WeightFormat::bf16;
+    const WeightFormat lora_format = WeightFormat::bf16;
     const int hidden = p_.config.hidden, inter = p_.config.inter, m = m_;
     h_ld_ = gate_up_panels() * kTileColumns;
     h_ = scratch.take<bf16>(static_cast<std::size_t>(m) * static_cast<std::size_t>(h_ld_));
-    operand_ = scratch.take<std::byte>(std::max(k.operand_bytes(f, m, hidden), k.operand_bytes(f, m, inter)));
-    if (int8()) {
+    operand_ = scratch.take<std::byte>(
+        std::max(k.operand_bytes(expert_.gate_up.layout().format, m, hidden), k.operand_bytes(expert_.down.layout().format, m, inter)));
+    if (int8(expert_.down)) {
       h8_ld_ = expert_.down.layout().k_padded();
       h8_ = scratch.take<std::int8_t>(static_cast<std::size_t>(m) * static_cast<std::size_t>(h8_ld_));
       h_scale_ = scratch.take<float>(static_cast<std::size_t>(m));
@@ -63,10 +64,11 @@ class BlockForward {
   // X rows -> operand; U = scaling * X A^T.
   void begin(Scratch& scratch) {
     const RowSource rows{p_.x.data, p_.x.ld, p_.plan.token.data() + block_.begin};
-    if (int8())
-      p_.kernels.pack_operand(WeightFormat::int8, {p_.x8, p_.x8_ld, rows.index}, p_.x_scale, m_, p_.config.hidden, operand_);
+    const WeightFormat format = expert_.gate_up.layout().format;
+    if (int8(expert_.gate_up))
+      p_.kernels.pack_operand(format, {p_.x8, p_.x8_ld, rows.index}, p_.x_scale, m_, p_.config.hidden, operand_);
     else
-      p_.kernels.pack_operand(p_.config.format, rows, nullptr, m_, p_.config.hidden, operand_);
+      p_.kernels.pack_operand(format, rows, nullptr, m_, p_.config.hidden, operand_);
     if (p_.lora)
       lora_activations(scratch, rows, p_.config.hidden, lora_.a_gate_up, 2 * p_.lora->rank,
                        p_.cache ? p_.cache->u_gate_up.as<bf16>() : nullptr);
@@ -85,11 +87,12 @@ class BlockForward {
   // h -> operand; U = scaling * h A^T.
   void middle(Scratch& scratch) {
     const RowSource rows{h_, h_ld_, nullptr};
-    if (int8()) {
+    const WeightFormat format = expert_.down.layout().format;
+    if (int8(expert_.down)) {
       p_.kernels.quantize_rows(rows, m_, p_.config.inter, h8_, h8_ld_, h_scale_);
-      p_.kernels.pack_operand(WeightFormat::int8, {h8_, h8_ld_, nullptr}, h_scale_, m_, p_.config.inter, operand_);
+      p_.kernels.pack_operand(format, {h8_, h8_ld_, nullptr}, h_scale_, m_, p_.config.inter, operand_);
     } else {
-      p_.kernels.pack_operand(p_.config.format, rows, nullptr, m_, p_.config.inter, operand_);
+      p_.kernels.pack_operand(format, rows, nullptr, m_, p_.config.inter, operand_);
     }
     if (p_.lora)
       lora_activations(scratch, rows, p_.config.inter, lora_.a_down, p_.lora->rank, p_.cache ? p_.cache->u_down.as<bf16>() : nullptr);
@@ -111,7 +114,7 @@ class BlockForward {
   }
 
  private:
-  bool int8() const { return p_.config.format == WeightFormat::int8; }
+  static bool int8(const PackedMatrix& w) { return w.layout().direct() == WeightFormat::int8; }
 
   float* c_blocks(Scratch& scratch, int n) {
     // One C area serves every call of a task; the worker's scratch is reset between tasks.
@@ -187,7 +190,7 @@ void run_panels(ThreadPool::Session& session, const Pass& pass) {
 // int8 tokens, each quantised once however many experts read it.
 void quantize_tokens(ThreadPool::Session& session, Pass& pass) {
   const int n = pass.plan.n_tokens, hidden = pass.config.hidden;
-  pass.x8_ld = round_up(hidden, Int8Format::k_step);
+  pass.x8_ld = round_up(hidden, format_info(pass.config.format).k_step);
   auto* x8 = session.shared().take<std::int8_t>(static_cast<std::size_t>(n) * static_cast<std::size_t>(pass.x8_ld));
   auto* scale = session.shared().take<float>(static_cast<std::size_t>(n));
   constexpr int kUnit = 16;
@@ -222,7 +225,7 @@ void run_pass(const MoeLayer& layer, const RoutePlan& plan, Tokens x, const Lora
   const std::ptrdiff_t rows_ld = round_up(layer.config().hidden, kPanelColumns);
   Pass pass{layer, layer.kernels(), layer.config(), plan, lora, x, nullptr, nullptr, 0, cache, nullptr, rows_ld};
   pass.rows = session.shared().take<float>(static_cast<std::size_t>(plan.rows()) * static_cast<std::size_t>(rows_ld));
-  if (layer.config().format == WeightFormat::int8) quantize_tokens(session, pass);
+  if (format_info(layer.config().format).direct == WeightFormat::int8) quantize_tokens(session, pass);
   if (owner_pays(static_cast<int>(plan.blocks.size()), plan.most_rows(), plan.rows(), session.threads()))
     run_owner(session, pass);
   else

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "moe/repack.h"
+
 namespace ktmoe {
 
 MoeLayer::MoeLayer(std::shared_ptr<ThreadPool> pool, MoeConfig config)
@@ -10,7 +12,7 @@ MoeLayer::MoeLayer(std::shared_ptr<ThreadPool> pool, MoeConfig config)
       config_((config.validate(), std::move(config))),
       kernels_(kernels_for(config_.isa)),
       gate_up_(PackedLayout::paired(config_.format, config_.inter, config_.hidden)),
-      down_(PackedLayout::plain(config_.format, config_.hidden, config_.inter)),
+      down_(PackedLayout::plain(config_.down_format, config_.hidden, config_.inter)),
       expert_bytes_(round_up_bytes(checked_add(gate_up_.bytes, down_.bytes), 4096)),
       slot_(static_cast<std::size_t>(config_.n_experts), -1) {
   int next = 0;
@@ -45,8 +47,9 @@ void MoeLayer::check_expert(const char* function, int e) const {
 }
 
 void MoeLayer::place(int e, const std::byte* at) {
-  if (!at_[static_cast<std::size_t>(e)]) --missing_;
-  at_[static_cast<std::size_t>(e)] = at;
+  const std::byte*& here = at_[static_cast<std::size_t>(e)];
+  missing_ += (here != nullptr) - (at != nullptr);
+  here = at;
 }
 
 void MoeLayer::read_expert(int e, std::byte* out) const {
@@ -67,27 +70,63 @@ void MoeLayer::attach(const std::byte* packed, int n_rows, const std::vector<int
     if (!config_.gpu(e)) place(e, packed + expert_bytes_ * static_cast<std::size_t>(row[static_cast<std::size_t>(e)]));
 }
 
-void MoeLayer::load_expert(int e, const bf16* gate, const bf16* up, const bf16* down) {
-  require(e >= 0 && e < config_.n_experts, ErrorKind::value, "[load_expert] expert: got ", e, ", expected 0 to ", config_.n_experts - 1);
-  require(!config_.gpu(e), ErrorKind::value, "[load_expert] expert ", e, " is on the GPU and has no memory here");
+// gate_up, down(p0, p1, where the matrix begins) fill panels [p0, p1).
+template <class GateUp, class Down>
+void MoeLayer::fill_expert(const char* function, int e, GateUp gate_up, Down down) {
+  require(e >= 0 && e < config_.n_experts, ErrorKind::value, "[", function, "] expert: got ", e, ", expected 0 to ", config_.n_experts - 1);
+  require(!config_.gpu(e), ErrorKind::value, "[", function, "] expert ", e, " is on the GPU and has no memory here");
   ThreadPool::Session session(*pool_);
   if (!data_.data()) {
     const std::size_t experts = static_cast<std::size_t>(*std::max_element(slot_.begin(), slot_.end()) + 1);
     data_ = AlignedBuffer(checked_mul(expert_bytes_, experts));
   }
   std::byte* at = data_.data() + expert_bytes_ * static_cast<std::size_t>(slot_[static_cast<std::size_t>(e)]);
+  place(e, nullptr);        // until all of it is there
   constexpr int kUnit = 4;  // panels of one task
   const int gate_units = ceil_div(gate_up_.n_panels, kUnit), units = gate_units + ceil_div(down_.n_panels, kUnit);
   session.parallel_for(units, [&](int unit, int) {
     const bool is_down = unit >= gate_units;
-    const PackedLayout& layout = is_down ? down_ : gate_up_;
-    const int p0 = kUnit * (is_down ? unit - gate_units : unit), p1 = std::min(p0 + kUnit, layout.n_panels);
+    const int p0 = kUnit * (is_down ? unit - gate_units : unit);
     if (is_down)
-      pack_matrix(kernels_, layout, p0, p1, config_.inter, PlainRows{down, config_.inter, config_.hidden}, at + gate_up_.bytes);
+      down(p0, std::min(p0 + kUnit, down_.n_panels), at + gate_up_.bytes);
     else
-      pack_matrix(kernels_, layout, p0, p1, config_.hidden, PairedRows{gate, up, config_.hidden, config_.inter}, at);
+      gate_up(p0, std::min(p0 + kUnit, gate_up_.n_panels), at);
   });
   place(e, at);
+}
+
+void MoeLayer::load_expert(int e, const bf16* gate, const bf16* up, const bf16* down) {
+  for (const PackedLayout* l : {&gate_up_, &down_})
+    require(!format_info(l->format).published(), ErrorKind::value, "[load_expert] format ", format_info(l->format).name,
+            " takes published bytes: expected load_expert_raw");
+  const std::ptrdiff_t hidden = config_.hidden, inter = config_.inter;
+  fill_expert(
+      "load_expert", e,
+      [&](int p0, int p1, std::byte* at) {
+        pack_matrix(kernels_, gate_up_, p0, p1, hidden, PairedRows{gate, up, hidden, config_.inter}, at);
+      },
+      [&](int p0, int p1, std::byte* at) { pack_matrix(kernels_, down_, p0, p1, inter, PlainRows{down, inter, config_.hidden}, at); });
+}
+
+void MoeLayer::load_expert_raw(int e, const RawBlock& gate, const RawBlock& up, const RawBlock& down) {
+  auto matrix = [&](const PackedLayout& layout, auto pick, auto rows) {
+    return [=, this, &layout](int p0, int p1, std::byte* at) {
+      if (layout.format == WeightFormat::bf16)
+        pack_matrix(kernels_, layout, p0, p1, layout.k, rows, at);
+      else
+        repack_matrix(layout, p0, p1, pick, at);
+    };
+  };
+  auto bf16_of = [](const RawBlock& raw) { return reinterpret_cast<const bf16*>(raw.part[0]); };
+  fill_expert(
+      "load_expert_raw", e,
+      matrix(
+          gate_up_,
+          [this, gate, up](int p, int t) { return RawRows{t == 0 ? "gate" : "up", t == 0 ? gate : up, p * kTileColumns, config_.inter}; },
+          PairedRows{bf16_of(gate), bf16_of(up), config_.hidden, config_.inter}),
+      matrix(
+          down_, [this, down](int p, int t) { return RawRows{"down", down, p * kPanelColumns + t * kTileColumns, config_.hidden}; },
+          PlainRows{bf16_of(down), config_.inter, config_.hidden}));
 }
 
 void MoeLayer::dequantize(int e, float* gate, float* up, float* down) const {

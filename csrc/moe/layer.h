@@ -39,6 +39,9 @@ class MoeLayer {
 
   // gate, up [inter][hidden], down [hidden][inter], dense.
   void load_expert(int expert, const bf16* gate, const bf16* up, const bf16* down);
+  // Published formats: the parts of each matrix as FormatInfo describes them (bf16: one part, the bf16 numbers), rows dense. A number
+  // that is not finite is a ValueError naming matrix and row; the expert is then not loaded.
+  void load_expert_raw(int expert, const RawBlock& gate, const RawBlock& up, const RawBlock& down);
   bool loaded() const { return missing_ == 0; }
   void unload();
   std::size_t packed_bytes() const;
@@ -63,6 +66,8 @@ class MoeLayer {
   int tokens_per_pass() const;
   void check_expert(const char* function, int e) const;
   void place(int e, const std::byte* at);
+  template <class GateUp, class Down>
+  void fill_expert(const char* function, int e, GateUp gate_up, Down down);
 
   const std::uint64_t serial_ = next_serial_number();
   const std::shared_ptr<ThreadPool> pool_;

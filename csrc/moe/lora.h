@@ -74,8 +74,9 @@ void pack_matrix(const KernelTable& kernels, const PackedLayout& layout, int p0,
       }
       for (int s = 0; s < layout.k_steps; ++s) {
         const int k0 = s * info.k_step, columns = std::min(info.k_step, layout.k - k0);
-        kernels.pack_tile(layout.format, src + k0, ld, rows, columns, scale,
-                          dst + layout.panel_stride * static_cast<std::size_t>(p) + (2 * s + t) * kTileBytes);
+        kernels.pack_tile(
+            layout.format, src + k0, ld, rows, columns, scale,
+            dst + layout.panel_stride * static_cast<std::size_t>(p) + (2 * s + t) * static_cast<std::ptrdiff_t>(info.tile_bytes));
       }
     }
 }

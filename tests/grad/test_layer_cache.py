@@ -4,11 +4,11 @@ import pytest
 import torch
 from oracle.experts import LORA_NAMES
 from oracle.layers import Layer, Shape, assert_same, grad_out, make_inputs, make_lora
-from oracle.registry import each_format, each_isa
+from oracle.registry import each_isa, each_layer_format
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_a_cache_may_be_used_twice_and_owns_its_copies(isa: str, fmt: str) -> None:
     shape = Shape(4, 2, 64, 48)
     layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
@@ -26,7 +26,7 @@ def test_a_cache_may_be_used_twice_and_owns_its_copies(isa: str, fmt: str) -> No
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_outputs_may_be_left_out(isa: str, fmt: str) -> None:
     """Each output alone has the bits that it has with all others; grad_in in bf16 is the fp32 one rounded once."""
     shape = Shape(4, 2, 70, 40)
@@ -48,7 +48,7 @@ def test_outputs_may_be_left_out(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_strided_rows_of_grad_out(isa: str, fmt: str) -> None:
     shape = Shape(4, 2, 70, 40)
     layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)

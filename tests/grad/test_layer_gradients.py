@@ -11,7 +11,7 @@ import torch
 from oracle.bounds import cosine, relative
 from oracle.experts import LORA_NAMES, Lora, layer_forward
 from oracle.layers import Inputs, Layer, Shape, assert_same, grad_out, make_inputs, make_lora
-from oracle.registry import BLOCK_ROWS, SCALED, each_format, each_isa
+from oracle.registry import BLOCK_ROWS, LAYER_SCALED, each_isa, each_layer_format
 
 SHAPES = [Shape(4, 2, 64, 48), Shape(8, 3, 100, 70), Shape(3, 2, 160, 33), Shape(2, 1, 96, 272), Shape(2, 2, 290, 40)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -58,7 +58,7 @@ def check(isa: str, fmt: str, layer: Layer, x: Inputs, lora: Lora | None, scalin
 
 
 def bound_of(fmt: str) -> float:
-    return 2e-2 if fmt in SCALED else 1e-2
+    return 2e-2 if fmt in LAYER_SCALED else 1e-2
 
 
 def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], fmt: str, what: str, slack: int = 1) -> None:
@@ -73,7 +73,7 @@ def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], fmt: st
 
 
 @each_isa
-@each_format
+@each_layer_format
 @each_shape
 def test_base(isa: str, fmt: str, shape: Shape) -> None:
     layer = Layer(shape, fmt, isa)
@@ -83,7 +83,7 @@ def test_base(isa: str, fmt: str, shape: Shape) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 @each_shape
 @pytest.mark.parametrize("rank", [1, 4, 16, 33])
 def test_lora(isa: str, fmt: str, shape: Shape, rank: int) -> None:
@@ -93,7 +93,7 @@ def test_lora(isa: str, fmt: str, shape: Shape, rank: int) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_more_rows_than_a_block(isa: str, fmt: str) -> None:
     """Gradients of one expert sum over its blocks."""
     shape = Shape(2, 1, 64, 48)
@@ -103,7 +103,7 @@ def test_more_rows_than_a_block(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 @pytest.mark.parametrize("chunk", [7, 16])
 def test_chunks(isa: str, fmt: str, chunk: int) -> None:
     """Experts that only a later chunk reaches, too."""
@@ -115,7 +115,7 @@ def test_chunks(isa: str, fmt: str, chunk: int) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_adjoint_identity(isa: str, fmt: str) -> None:
     """<J v, w> = <v, J' w> by a central difference of the float64 layer; the backward is the engine's own."""
     shape = Shape(4, 2, 100, 70)
@@ -132,7 +132,7 @@ def test_adjoint_identity(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_zero_b_leaves_the_base_and_gives_no_gradient_to_a(isa: str, fmt: str) -> None:
     shape = Shape(4, 2, 100, 70)
     layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
@@ -152,7 +152,7 @@ def test_zero_b_leaves_the_base_and_gives_no_gradient_to_a(isa: str, fmt: str) -
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_idle_experts_have_zero_gradients(isa: str, fmt: str) -> None:
     shape = Shape(6, 2, 64, 48)
     layer, lora = Layer(shape, fmt, isa), make_lora(shape, 3)
@@ -169,7 +169,7 @@ def test_idle_experts_have_zero_gradients(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_nothing_routed_and_no_tokens(isa: str, fmt: str) -> None:
     shape = Shape(3, 2, 64, 48)
     layer, lora = Layer(shape, fmt, isa), make_lora(shape, 3)
@@ -182,7 +182,7 @@ def test_nothing_routed_and_no_tokens(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_a_shared_a_gets_the_sum_of_both_gradients(isa: str, fmt: str) -> None:
     """PEFT uses one A for gate and up."""
     shape = Shape(4, 2, 100, 70)
@@ -200,7 +200,7 @@ def test_a_shared_a_gets_the_sum_of_both_gradients(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 @pytest.mark.parametrize("pieces", [2, 5])
 def test_micro_batches_sum_to_one_batch(isa: str, fmt: str, pieces: int) -> None:
     shape = Shape(4, 2, 64, 48)
@@ -213,7 +213,7 @@ def test_micro_batches_sum_to_one_batch(isa: str, fmt: str, pieces: int) -> None
     parts = [layer.backward(c, dy[r], adapter, lora) for c, r in zip(caches, rows, strict=True)]
     for name in LORA_NAMES:
         total = sum(p[name].double() for p in parts)
-        assert relative(total.numpy(), whole[name].double().numpy()) <= (2e-2 if fmt in SCALED else 1e-2), name
+        assert relative(total.numpy(), whole[name].double().numpy()) <= (2e-2 if fmt in LAYER_SCALED else 1e-2), name
     for name in ("input", "weights"):
         joined = torch.cat([p[name] for p in parts])
         assert relative(joined.double().numpy(), whole[name].double().numpy()) <= 1e-2, name

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle.layers import Inputs, Layer, Shape, assert_same, grad_out, make_inputs, make_lora
-from oracle.registry import BLOCK_ROWS, each_format, each_isa
+from oracle.registry import BLOCK_ROWS, each_isa, each_layer_format
 
 THREADS = [2, 3, 5]
 # large enough that work is shared: many experts (a task owns a block) and few (all share each stage)
@@ -25,7 +25,7 @@ def everything(layer: Layer, x: Inputs, dy: torch.Tensor, with_lora: bool) -> di
 
 
 @each_isa
-@each_format
+@each_layer_format
 @each_case
 @pytest.mark.parametrize("with_lora", [False, True], ids=["base", "lora"])
 def test_threads(isa: str, fmt: str, case: str, with_lora: bool) -> None:
@@ -42,7 +42,7 @@ def test_threads(isa: str, fmt: str, case: str, with_lora: bool) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_run_twice(isa: str, fmt: str) -> None:
     shape, tokens, kind = CASES["many experts"]
     x, dy = make_inputs(shape, tokens, kind), grad_out(tokens, shape.hidden)
@@ -53,7 +53,7 @@ def test_run_twice(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 @pytest.mark.parametrize("chunk", [1, 7, 16, 50])
 def test_chunks_equal_calls_chunk_by_chunk(isa: str, fmt: str, chunk: int) -> None:
     shape = Shape(4, 2, 100, 70)
@@ -90,7 +90,7 @@ def test_the_schedule_does_not_depend_on_the_threads_of_another_layer(isa: str) 
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_experts_add_in_slot_order(isa: str, fmt: str) -> None:
     """In fp32: ((slot 0 + slot 1) + slot 2) + ..., seen in the input gradient, which is not rounded any further."""
     shape = Shape(6, 5, 96, 48)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle.bounds import row_error
 from oracle.layers import Inputs, Layer, Shape, assert_same, make_inputs, make_lora
-from oracle.registry import BLOCK_ROWS, each_format, each_isa
+from oracle.registry import BLOCK_ROWS, each_isa, each_layer_format
 
 TOLERANCE = 2.0**-7
 KINDS = ["uniform", "all to one", "one each", "mixed", "duplicates"]
@@ -26,7 +26,7 @@ def check(got: torch.Tensor, want: object, what: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape_and_routing(isa: str, fmt: str, shape: Shape) -> None:
     layer = Layer(shape, fmt, isa)
@@ -37,7 +37,7 @@ def test_every_shape_and_routing(isa: str, fmt: str, shape: Shape) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_more_rows_than_a_block(isa: str, fmt: str) -> None:
     shape = Shape(2, 1, 64, 48)
     layer = Layer(shape, fmt, isa)
@@ -47,7 +47,7 @@ def test_more_rows_than_a_block(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 @pytest.mark.parametrize("rank", [1, 4, 16, 33])
 def test_lora(isa: str, fmt: str, rank: int) -> None:
     for shape in (Shape(3, 2, 100, 70), Shape(2, 1, 33, 17)):
@@ -59,7 +59,7 @@ def test_lora(isa: str, fmt: str, rank: int) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_lora_tensors_may_be_fp32_and_strided(isa: str, fmt: str) -> None:
     shape = Shape(3, 2, 70, 40)
     layer, x = Layer(shape, fmt, isa), make_inputs(shape, 9)
@@ -71,7 +71,7 @@ def test_lora_tensors_may_be_fp32_and_strided(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_nothing_routed_here_gives_exact_zeros(isa: str, fmt: str) -> None:
     shape = Shape(4, 2, 70, 40)
     layer = Layer(shape, fmt, isa)
@@ -79,7 +79,7 @@ def test_nothing_routed_here_gives_exact_zeros(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_masked_slots_do_not_change_a_bit(isa: str, fmt: str) -> None:
     """-1 and E alike; the other slots stay."""
     shape = Shape(4, 3, 70, 40)
@@ -91,7 +91,7 @@ def test_masked_slots_do_not_change_a_bit(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_a_duplicate_expert_counts_twice(isa: str, fmt: str) -> None:
     shape = Shape(4, 2, 70, 40)
     layer = Layer(shape, fmt, isa)
@@ -103,7 +103,7 @@ def test_a_duplicate_expert_counts_twice(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_types_of_ids_and_weights(isa: str, fmt: str) -> None:
     shape = Shape(5, 3, 70, 40)
     layer, x = Layer(shape, fmt, isa), make_inputs(shape, 9, "mixed")
@@ -115,7 +115,7 @@ def test_types_of_ids_and_weights(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_no_tokens(isa: str, fmt: str) -> None:
     shape = Shape(2, 1, 64, 32)
     layer = Layer(shape, fmt, isa)
@@ -127,7 +127,7 @@ def test_no_tokens(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_strided_rows_of_hidden(isa: str, fmt: str) -> None:
     shape = Shape(3, 2, 70, 40)
     layer, x = Layer(shape, fmt, isa), make_inputs(shape, 9)
@@ -140,7 +140,7 @@ def test_strided_rows_of_hidden(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_experts_on_the_gpu_are_skipped(isa: str, fmt: str) -> None:
     shape = Shape(5, 2, 70, 40)
     x = make_inputs(shape, 20)
@@ -154,13 +154,12 @@ def test_experts_on_the_gpu_are_skipped(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_loading_again_replaces_an_expert(isa: str, fmt: str) -> None:
     shape = Shape(2, 1, 64, 32)
     layer, x = Layer(shape, fmt, isa), make_inputs(Shape(2, 1, 64, 32), 7)
     before = layer.forward(x)
-    gate, up, down = (torch.zeros(32, 64).bfloat16(), torch.zeros(32, 64).bfloat16(), torch.zeros(64, 32).bfloat16())
-    layer.engine.load_expert(1, gate, up, down)
+    layer.load_zeros(1)
     after = layer.forward(x)
     to_zero = (x.ids == 1).any(dim=1)
     assert to_zero.any()
@@ -169,7 +168,7 @@ def test_loading_again_replaces_an_expert(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_outliers(isa: str, fmt: str) -> None:
     """One value of 1e4 in a token, and tokens that are zero or tiny."""
     shape = Shape(3, 2, 96, 48)

@@ -7,7 +7,7 @@ from oracle import bf16, child
 from oracle.experts import LORA_NAMES
 from oracle.layers import Inputs, Layer, Shape, assert_same, make_inputs, make_lora, make_weights
 from oracle.memory import Guarded, put, put_rows
-from oracle.registry import each_format, each_isa
+from oracle.registry import each_isa, each_layer_format
 
 SHAPES = [Shape(2, 1, 33, 17), Shape(3, 2, 100, 70)]
 
@@ -23,7 +23,7 @@ def guarded_rows(place: Guarded, t: torch.Tensor) -> torch.Tensor:
 
 
 @each_isa
-@each_format
+@each_layer_format
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_every_tensor_of_the_caller(isa: str, fmt: str, side: str) -> None:
     def body(say: object) -> None:
@@ -46,7 +46,7 @@ def test_every_tensor_of_the_caller(isa: str, fmt: str, side: str) -> None:
             dequantized = [torch.from_numpy(put(place, np.zeros(s, np.float32), 4)) for s in shapes]
             plain.engine.dequantize_expert(e, *dequantized)
         for e, weights in enumerate(make_weights(shape)):
-            layer.engine.load_expert(e, *(guarded(place, w) for w in weights))
+            layer.load(e, *(guarded(place, w) for w in weights))
         own = layer.adapter({n: guarded(place, t) for n, t in lora.items()})
         inputs = Inputs(guarded_rows(place, x.hidden), guarded(place, x.ids), guarded(place, x.weights))
         y = bf16.tensor(place.empty((tokens, shape.hidden), np.uint16, 2))

@@ -1,20 +1,22 @@
 """Integer formats, the whole layer to the last bit: exact sums, one fp32 rounding at each step of the design."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from oracle import bf16, layout
-from oracle.formats import ORACLES, int8_quantize_rows
+from oracle import bf16, int4, layout
+from oracle.formats import int8_quantize_rows
 from oracle.kernels import Kernels
 from oracle.layers import Inputs, Layer, Shape, assert_same, make_inputs, make_weights
-from oracle.registry import BLOCK_ROWS, ISAS, SCALED, each_isa
+from oracle.registry import BLOCK_ROWS, ISAS, LAYER_SCALED, each_isa
 
 SHAPES = [Shape(3, 2, 100, 70), Shape(8, 3, 33, 17), Shape(2, 1, 40, 290), Shape(4, 4, 64, 32)]
 
 
 def gemm(fmt: str, packed: np.ndarray, panels: int, rows: np.ndarray) -> np.ndarray:
     """bf16 bits [m, k] -> fp32 [m, panel columns]: (int32 sum * row scale) * column scale."""
-    elements, scale = layout.unpack(fmt, packed, panels, rows.shape[1])
+    elements, scale = (int4.unpack if fmt == "int4" else partial(layout.unpack, fmt))(packed, panels, rows.shape[1])
     q, row_scale = int8_quantize_rows(bf16.widen(rows))
     sums = q.astype(np.int64) @ elements.astype(np.int64).T
     return sums.astype(np.int32).astype(np.float32) * row_scale[:, None] * scale
@@ -24,10 +26,9 @@ def exact_layer(shape: Shape, fmt: str, x: Inputs) -> torch.Tensor:
     """One token at a time; SwiGLU by the portable kernel, which its own tests hold to float64."""
     portable = Kernels("portable", fmt)
     gate_up_panels, down_panels = layout.n_panels(shape.inter, True), layout.n_panels(shape.hidden, False)
-    weights = []
-    for gate, up, down in make_weights(shape):
-        f = [bf16.widen(bf16.bits_of(w)) for w in (gate, up, down)]
-        weights.append((layout.pack(fmt, f[0], f[1]), layout.pack(fmt, f[2])))
+    # The bytes are what the tests of the formats hold to NumPy.
+    bits = [[bf16.bits_of(w) for w in expert] for expert in make_weights(shape)]
+    weights = [(portable.pack(gate, up), portable.pack(down)) for gate, up, down in bits]
     out = np.zeros((x.tokens, shape.hidden), np.uint16)
     for t in range(x.tokens):
         total = np.zeros(shape.hidden, np.float32)
@@ -44,10 +45,9 @@ def exact_layer(shape: Shape, fmt: str, x: Inputs) -> torch.Tensor:
 
 
 @each_isa
-@pytest.mark.parametrize("fmt", SCALED)
+@pytest.mark.parametrize("fmt", LAYER_SCALED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_bit_of_the_layer(isa: str, fmt: str, shape: Shape) -> None:
-    assert ORACLES[fmt].activations == "int8"
     layer = Layer(shape, fmt, isa)
     for kind, tokens in (("uniform", 1), ("mixed", 40), ("duplicates", 5)):
         x = make_inputs(shape, tokens, kind, seed=tokens)
@@ -55,7 +55,7 @@ def test_every_bit_of_the_layer(isa: str, fmt: str, shape: Shape) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("fmt", SCALED)
+@pytest.mark.parametrize("fmt", LAYER_SCALED)
 def test_a_token_does_not_depend_on_its_batch(isa: str, fmt: str) -> None:
     shape = Shape(3, 2, 96, 70)
     layer = Layer(shape, fmt, isa)
@@ -68,7 +68,7 @@ def test_a_token_does_not_depend_on_its_batch(isa: str, fmt: str) -> None:
     assert_same(layer.forward(shuffled), together[order], "another order")
 
 
-@pytest.mark.parametrize("fmt", SCALED)
+@pytest.mark.parametrize("fmt", LAYER_SCALED)
 def test_every_level_gives_the_same_bits(fmt: str) -> None:
     shape = Shape(4, 2, 300, 130)
     x = make_inputs(shape, 50, "mixed")

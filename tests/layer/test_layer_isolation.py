@@ -3,13 +3,13 @@
 import pytest
 import torch
 from oracle.layers import Inputs, Layer, Shape, assert_same, make_inputs, make_lora, make_weights
-from oracle.registry import ISAS, SCALED, each_format, each_isa
+from oracle.registry import ISAS, LAYER_SCALED, each_isa, each_layer_format
 
 SHAPE = Shape(3, 2, 70, 40)
 
 
 @each_isa
-@each_format
+@each_layer_format
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("with_lora", [False, True], ids=["base", "lora"])
 def test_other_rows_keep_their_bits(isa: str, fmt: str, value: float, with_lora: bool) -> None:
@@ -28,7 +28,7 @@ def test_other_rows_keep_their_bits(isa: str, fmt: str, value: float, with_lora:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_a_whole_row_of_nan(isa: str, fmt: str) -> None:
     layer, x = Layer(SHAPE, fmt, isa), make_inputs(SHAPE, 9)
     want = layer.forward(x)
@@ -40,7 +40,7 @@ def test_a_whole_row_of_nan(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_a_broken_token_that_is_not_routed_here_gives_zeros(isa: str, fmt: str) -> None:
     layer, x = Layer(SHAPE, fmt, isa), make_inputs(SHAPE, 5)
     x.hidden[2] = float("nan")
@@ -49,7 +49,7 @@ def test_a_broken_token_that_is_not_routed_here_gives_zeros(isa: str, fmt: str) 
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_a_routing_weight_of_nan(isa: str, fmt: str) -> None:
     layer, x = Layer(SHAPE, fmt, isa), make_inputs(SHAPE, 5)
     want = layer.forward(x)
@@ -61,7 +61,7 @@ def test_a_routing_weight_of_nan(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@each_format
+@each_layer_format
 def test_gradients_of_other_tokens_keep_their_bits(isa: str, fmt: str) -> None:
     layer, x = Layer(SHAPE, fmt, isa), make_inputs(SHAPE, 20)
     dy = torch.randn(20, SHAPE.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -74,7 +74,7 @@ def test_gradients_of_other_tokens_keep_their_bits(isa: str, fmt: str) -> None:
         assert got[name][7].isnan().all()
 
 
-@pytest.mark.parametrize("fmt", SCALED)
+@pytest.mark.parametrize("fmt", LAYER_SCALED)
 def test_a_weight_of_nan_does_not_become_a_number(fmt: str) -> None:
     """Refused at load or seen in every result; never a plausible weight."""
     layer = Layer(SHAPE, fmt, ISAS[0])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle.layers import Layer, Shape, assert_same, make_inputs
-from oracle.registry import ISAS, each_format
+from oracle.registry import ISAS, each_layer_format
 
 SHAPE = Shape(3, 2, 100, 72)
 
@@ -15,7 +15,7 @@ def packed(layer: Layer) -> torch.Tensor:
     return rows
 
 
-@each_format
+@each_layer_format
 def test_a_layer_runs_on_attached_bytes(fmt: str) -> None:
     layer = Layer(SHAPE, fmt, ISAS[0])
     rows, inputs = packed(layer), make_inputs(SHAPE, 9)
@@ -30,7 +30,7 @@ def test_a_layer_runs_on_attached_bytes(fmt: str) -> None:
     assert not layer.engine.loaded
 
 
-@each_format
+@each_layer_format
 def test_packed_bytes_do_not_depend_on_the_level(fmt: str) -> None:
     images = [packed(Layer(SHAPE, fmt, isa)) for isa in ISAS]
     assert all(torch.equal(images[0], image) for image in images[1:])

@@ -5,8 +5,9 @@ import numpy as np
 from ktmoe import _ext
 
 from . import bf16, layout
-from .formats import ORACLES
+from .formats import ORACLES, FormatOracle
 from .memory import Heap, Place, put, put_rows
+from .published import Parts, arrays
 
 _k = _ext.testing
 
@@ -17,8 +18,12 @@ def _rows(values: np.ndarray) -> object:
 
 class Kernels:
     def __init__(self, isa: str, fmt: str = "bf16", place: Place | None = None) -> None:
-        self.isa, self.fmt, self.oracle = isa, fmt, ORACLES[fmt]
+        self.isa, self.fmt = isa, fmt
         self.place: Place = place or Heap()
+
+    @property
+    def oracle(self) -> FormatOracle:
+        return ORACLES[self.fmt]
 
     def _index(self, index: np.ndarray | None) -> np.ndarray | None:
         return None if index is None else put(self.place, index.astype(np.int32), 4)
@@ -29,11 +34,18 @@ class Kernels:
     ) -> np.ndarray:
         """Packed bytes of bf16 bits [n, k]."""
         n, k = w.shape
-        dst = self.place.empty((layout.packed_bytes(self.fmt, layout.n_panels(n, up is not None), k),), np.uint8)
+        dst = self.place.empty((_k.packed_bytes(self.fmt, layout.n_panels(n, up is not None), k),), np.uint8)
         if zeroed:
             dst[...] = 0
         gate = put_rows(self.place, w, ld or k)
         _k.pack(self.isa, self.fmt, _rows(gate), None if up is None else _rows(put_rows(self.place, up, ld or k)), dst)
+        return dst
+
+    def repack(self, parts: Parts, n: int, k: int) -> np.ndarray:
+        """Packed bytes of a published matrix."""
+        dst = self.place.empty((_k.packed_bytes(self.fmt, layout.n_panels(n, False), k),), np.uint8)
+        placed = [put(self.place, part, part.itemsize) for part in parts]
+        _k.repack(self.fmt, arrays(placed), n, k, dst)
         return dst
 
     # --- forward ---
@@ -108,7 +120,7 @@ class Kernels:
         start: np.ndarray | None = None,
     ) -> np.ndarray:
         """dY W, [m, columns of the k-steps of `part`] in natural order."""
-        step = self.oracle.k_step
+        step = int(_k.k_step(self.fmt))
         s0, s1 = part or (0, -(-k // step))
         blocks = (s1 - s0) * step // 32
         c = self._c(blocks, m, None if start is None else start.reshape(m, blocks, 32).swapaxes(0, 1))

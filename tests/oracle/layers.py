@@ -8,7 +8,8 @@ import torch
 from ktmoe import _ext
 
 from .experts import LORA_NAMES, Lora, Rounding, Weights, layer_forward
-from .formats import ORACLES
+from .published import PUBLISHED, arrays
+from .registry import activations
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,28 @@ class Layer:
         )
         for e, (gate, up, down) in enumerate(make_weights(s)):
             if not (self.on_gpu and self.on_gpu[e]):
-                self.engine.load_expert(e, gate, up, down)
+                self.load(e, gate, up, down)
+
+    def load(self, e: int, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Published formats get random weights of about the same size instead of these."""
+        if self.fmt not in PUBLISHED:
+            return self.engine.load_expert(e, gate, up, down)
+        rng, random = np.random.default_rng(e), PUBLISHED[self.fmt].random
+        parts = [arrays(random(rng, *w.shape, w.shape[1] ** -0.5)) for w in (gate, up, down)]
+        return self.engine.load_expert_raw(e, *parts)
+
+    def load_zeros(self, e: int) -> None:
+        h, i = self.shape.hidden, self.shape.inter
+        shapes = ((i, h), (i, h), (h, i))
+        if self.fmt not in PUBLISHED:
+            return self.engine.load_expert(e, *(torch.zeros(s, dtype=torch.bfloat16) for s in shapes))
+        random = PUBLISHED[self.fmt].random
+        parts = [[0 * p for p in random(np.random.default_rng(0), *s, 1.0)] for s in shapes]
+        return self.engine.load_expert_raw(e, *(arrays(p) for p in parts))
 
     @property
     def rounding(self) -> Rounding:
-        return Rounding(ORACLES[self.fmt].activations)
+        return Rounding(activations(self.fmt))
 
     def dequantized(self) -> Weights:
         """The weights that the kernels use, in float64."""

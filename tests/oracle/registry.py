@@ -6,15 +6,27 @@ import pytest
 
 from ktmoe import _ext
 
-from .formats import ORACLES
-
 _forced = os.environ.get("KTMOE_ISA", "")
 ISAS: list[str] = [_forced] if _forced else list(_ext.test_isa_levels())
-FORMATS: list[str] = list(_ext.formats())
+# Formats whose stored tiles are multiplied as they are run the whole grid of kernel tests; the others (UNPACKED) are
+# made into those in cache, and have tests of the step that is their own.
+FORMATS: list[str] = [f for f in _ext.formats() if _ext.testing.direct(f) == f]
+UNPACKED: list[str] = [f for f in _ext.formats() if f not in FORMATS]
+# A layer sees a format through its kernels alone: one of each kind.
+LAYER_FORMATS: list[str] = [*FORMATS, "int4", "q6_k"]
 SLOW_ISAS = frozenset({"portable", "emulated-amx"})
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
 each_format = pytest.mark.parametrize("fmt", FORMATS)
-# Integer formats: exact sums, equal bits on every level.
-SCALED = [f for f in FORMATS if f in ORACLES and ORACLES[f].activations == "int8"]
+each_layer_format = pytest.mark.parametrize("fmt", LAYER_FORMATS)
+
+
+def activations(fmt: str) -> str:
+    """What a layer of this format multiplies with: "bf16" or "int8"."""
+    return str(_ext.testing.direct(fmt))
+
+
+# Integer products: exact sums, equal bits on every level.
+SCALED = [f for f in FORMATS if activations(f) == "int8"]
+LAYER_SCALED = [f for f in LAYER_FORMATS if activations(f) == "int8"]
 BLOCK_ROWS = {isa: int(_ext.testing.block_rows(isa)) for isa in {*ISAS, "portable"}}

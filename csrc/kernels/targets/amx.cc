@@ -3,22 +3,26 @@
 
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "kernels/kernel_api.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12: its own _mm512_undefined_*
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 namespace ktmoe {
 namespace amx {
 #include "kernels/vec_avx512.h"
 #include "kernels/vec_vnni.h"
 // clang-format off: each part needs the ones before it
+#include "kernels/unpack-inl.h"
 #include "kernels/dot-inl.h"
 #include "kernels/mac-inl.h"
 #include "kernels/gemm-inl.h"
+#include "kernels/quantize_int4-inl.h"
 #include "kernels/elementwise-inl.h"
 #include "kernels/tiles_hardware.h"
 #include "kernels/amx-inl.h"

@@ -3,20 +3,23 @@
 
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "kernels/kernel_api.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 
 namespace ktmoe {
 namespace avx2 {
 #include "kernels/vec_avx2.h"
 // clang-format off: each part needs the ones before it
+#include "kernels/unpack-inl.h"
 #include "kernels/dot-inl.h"
 #include "kernels/mac-inl.h"
 #include "kernels/gemm-inl.h"
+#include "kernels/quantize_int4-inl.h"
 #include "kernels/elementwise-inl.h"
 #include "kernels/table-inl.h"
 // clang-format on

@@ -1,6 +1,7 @@
 // Kernels for any CPU.
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "kernels/kernel_api.h"
@@ -9,9 +10,11 @@ namespace ktmoe {
 namespace portable {
 #include "kernels/vec_portable.h"
 // clang-format off: each part needs the ones before it
+#include "kernels/unpack-inl.h"
 #include "kernels/dot-inl.h"
 #include "kernels/mac-inl.h"
 #include "kernels/gemm-inl.h"
+#include "kernels/quantize_int4-inl.h"
 #include "kernels/elementwise-inl.h"
 #include "kernels/table-inl.h"
 // clang-format on

@@ -1,0 +1,97 @@
+// GGUF super-blocks of 256: Q4_K, Q5_K, Q6_K. Kept as they are, but for the 6-bit scales, which get a byte each.
+//
+//   Q4_K, Q5_K   w = (d sc) q - (dmin mn)   d, dmin f16; sc, mn 0..63 for each 32 k; q of 4 or 5 bits
+//   Q6_K         w = (d sc) (q - 32)        d f16; sc int8 for each 16 k; q of 6 bits
+//   tile of Q4_K, Q5_K: row 0 = 16 d | 16 dmin; row 1 + g/2, word n = bytes sc, mn of group g (even), sc, mn of group g + 1
+//   tile of Q6_K:       row 0 = 16 d | unused;  row 1 + g/4, byte g%4 of word n = sc of group g
+//   then 32 rows of low nibbles (8 consecutive k in a word), then the high bits: 8 rows of 1 bit (Q5_K) or 16 rows of 2 bits (Q6_K)
+#pragma once
+
+#include "format/tile.h"
+
+namespace ktmoe {
+
+template <int kBits>
+struct GgufK45 {
+  static constexpr const char* name = kBits == 4 ? "q4_k" : "q5_k";
+  static constexpr int k_step = 256;
+  static constexpr int scale_rows = 5, bits = kBits, block = 256;
+  static constexpr int high_row = scale_rows + 32;
+  static constexpr int rows = high_row + (kBits == 5 ? 8 : 0);
+  static constexpr bool int8_products = false;
+  static constexpr bool has_scales = false;
+  static constexpr RawPart parts[2] = {{256, kBits == 4 ? 144 : 176}, {0, 0}};
+
+  static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
+    const int g = k / 32;
+    const std::byte* small = tile_word(tile, 1 + g / 2, column) + 2 * (g % 2);
+    const float scale = f16_to_float(load_as<std::uint16_t>(half_at(tile, 0, 0, column))) * static_cast<float>(small[0]);
+    const float shift = f16_to_float(load_as<std::uint16_t>(half_at(tile, 0, 1, column))) * static_cast<float>(small[1]);
+    int q = get_field<4>(tile, scale_rows, column, k);
+    if constexpr (kBits == 5) q |= get_field<1>(tile, high_row, column, k) << 4;
+    return scale * static_cast<float>(q) - shift;
+  }
+
+  // source: d, dmin, 12 bytes of 6-bit scales, [Q5_K: 32 bytes of high bits,] 128 bytes of low nibbles
+  static bool repack(const RawBlock& src, int column, int /*b*/, int /*columns*/, std::byte* tile) {
+    const std::byte* p = src.part[0];
+    if (!f16_finite(p) || !f16_finite(p + 2)) return false;
+    std::memcpy(half_at(tile, 0, 0, column), p, 2);
+    std::memcpy(half_at(tile, 0, 1, column), p + 2, 2);
+    const std::byte *small = p + 4, *high = p + 16, *low = p + (kBits == 4 ? 16 : 48);
+    for (int g = 0; g < 8; ++g) {
+      std::byte* to = tile_word(tile, 1 + g / 2, column) + 2 * (g % 2);
+      const std::byte six{63};
+      if (g < 4) {  // the first four scales and minima are whole, the others lie in the spare bits
+        to[0] = small[g] & six;
+        to[1] = small[g + 4] & six;
+      } else {
+        to[0] = (small[g + 4] & std::byte{15}) | (small[g - 4] >> 6 << 4);
+        to[1] = (small[g + 4] >> 4) | (small[g] >> 6 << 4);
+      }
+    }
+    for (int k = 0; k < 256; ++k) {  // 64 consecutive k share 32 bytes: low nibbles first, then high ones
+      const int q = static_cast<int>(low[32 * (k / 64) + k % 32]) >> (k % 64 / 32 * 4) & 15;
+      put_field<4>(tile, scale_rows, column, k, q);
+      if constexpr (kBits == 5) put_field<1>(tile, high_row, column, k, static_cast<int>(high[k % 32]) >> (k / 32) & 1);
+    }
+    return true;
+  }
+};
+using Q4KFormat = GgufK45<4>;
+using Q5KFormat = GgufK45<5>;
+
+struct Q6KFormat {
+  static constexpr const char* name = "q6_k";
+  static constexpr int k_step = 256;
+  static constexpr int scale_rows = 5, bits = 6, block = 256;
+  static constexpr int high_row = scale_rows + 32;
+  static constexpr int rows = high_row + 16;
+  static constexpr bool int8_products = false;
+  static constexpr bool has_scales = false;
+  static constexpr RawPart parts[2] = {{256, 210}, {0, 0}};
+
+  static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
+    const int g = k / 16;
+    const auto small = static_cast<std::int8_t>(tile_word(tile, 1 + g / 4, column)[g % 4]);
+    const float scale = f16_to_float(load_as<std::uint16_t>(half_at(tile, 0, 0, column))) * static_cast<float>(small);
+    const int q = get_field<4>(tile, scale_rows, column, k) | get_field<2>(tile, high_row, column, k) << 4;
+    return scale * static_cast<float>(q - 32);
+  }
+
+  // source: 128 bytes of low nibbles, 64 bytes of high bit pairs, 16 int8 scales, d
+  static bool repack(const RawBlock& src, int column, int /*b*/, int /*columns*/, std::byte* tile) {
+    const std::byte *low = src.part[0], *high = low + 128, *small = high + 64, *d = small + 16;
+    if (!f16_finite(d)) return false;
+    std::memcpy(half_at(tile, 0, 0, column), d, 2);
+    for (int g = 0; g < 16; ++g) tile_word(tile, 1 + g / 4, column)[g % 4] = small[g];
+    for (int k = 0; k < 256; ++k) {  // 128 consecutive k share 64 bytes of nibbles and 32 bytes of high bits
+      const int half = k / 128, i = k % 128;
+      put_field<4>(tile, scale_rows, column, k, static_cast<int>(low[64 * half + i % 64]) >> (i / 64 * 4) & 15);
+      put_field<2>(tile, high_row, column, k, static_cast<int>(high[32 * half + i % 32]) >> (i / 32 * 2) & 3);
+    }
+    return true;
+  }
+};
+
+}  // namespace ktmoe

@@ -1,0 +1,80 @@
+// bf16 -> int4: the search that format/int4.h describes, 16 columns at a time. No fused multiply-add: every level gives the same bytes.
+// Include inside the namespace of a level, after Vec.
+
+template <class V>
+struct Int4Quantizer {
+  using F = typename V::F;
+  using I = typename V::I;
+  static constexpr int kBlock = Int4Format::block;
+
+  // rows (<= 16) columns of W, `columns` (<= 64) consecutive k of each; what is beyond counts as zero.
+  static void tile(const bf16* src, std::ptrdiff_t ld, int rows, int columns, const float* scale, std::byte* dst) {
+    alignas(64) float w[Int4Format::k_step][16] = {};  // in units of the scale, [k][column]
+    alignas(64) float inverse[16] = {};
+    for (int r = 0; r < rows; ++r) inverse[r] = scale[r] > 0.0f && scale[r] <= 3.4e38f ? 1.0f / scale[r] : 0.0f;
+    for (int r = 0; r < rows; ++r)
+      for (int k = 0; k < columns; ++k) w[k][r] = inverse[r] == 0.0f ? 0.0f : to_float(src[r * ld + k]) * inverse[r];
+    std::memset(dst, 0, Int4Format::rows * kRowBytes);
+    for (int b = 0; b < Int4Format::k_step / kBlock; ++b) block(&w[b * kBlock], b, dst);
+  }
+
+ private:
+  static F round(F x) { return V::to_f(V::to_i(x)); }
+  static F floor(F x) {
+    const F r = round(x);
+    return V::sub(r, V::positive(V::sub(r, x)));
+  }
+  static F ceil(F x) { return V::sub(V::set(0.0f), floor(V::sub(V::set(0.0f), x))); }
+  static F clamp(F x, float low, float high) { return V::min(V::max(x, V::set(low)), V::set(high)); }
+
+  struct Choice {
+    F m, z, o, low, high, error;
+
+    Choice(F m, F z) : m(m), z(z) {
+      o = floor(V::div(V::mul(V::add(z, V::set(15.0f)), m), V::set(3.0f)));
+      high = V::min(V::set(15.0f), floor(V::div(V::add(o, V::set(127.0f)), m)));
+      low = V::max(V::set(0.0f), ceil(V::div(V::sub(o, V::set(127.0f)), m)));
+      error = V::set(0.0f);
+    }
+    F level(F w) const { return V::min(V::max(round(V::div(V::add(w, o), m)), low), high); }
+    F value(F q) const { return V::sub(V::mul(q, m), o); }
+  };
+
+  static void block(const float (*w)[16], int b, std::byte* dst) {
+    F least = V::load(w[0]), most = least;
+    for (int k = 1; k < kBlock; ++k) {
+      least = V::min(least, V::load(w[k]));
+      most = V::max(most, V::load(w[k]));
+    }
+    // The least m whose 15 steps span the block, from -10 m to 10 m at the outermost zero points.
+    const F reach = V::div(V::max(most, V::sub(V::set(0.0f), least)), V::set(10.0f));
+    const F m0 = clamp(ceil(V::max(V::div(V::sub(most, least), V::set(15.0f)), reach)), 1.0f, 16.0f);
+    F best_error = V::set(3e38f), best_m = m0, best_z = V::set(0.0f);
+    for (float dm : {-1.0f, 0.0f, 1.0f, 2.0f, 3.0f}) {
+      const F m = clamp(V::add(m0, V::set(dm)), 1.0f, 16.0f);
+      // The zero point that centres the range: 7.5 - (least + most) / 2m, in thirds from 5 on.
+      const F centre = V::sub(V::set(7.5f), V::div(V::mul(V::add(least, most), V::set(0.5f)), m));
+      const F z0 = clamp(round(V::sub(V::mul(centre, V::set(3.0f)), V::set(15.0f))), 0.0f, 15.0f);
+      for (float dz : {-2.0f, -1.0f, 0.0f, 1.0f, 2.0f}) {
+        Choice choice(m, clamp(V::add(z0, V::set(dz)), 0.0f, 15.0f));
+        for (int k = 0; k < kBlock; ++k) {
+          const F x = V::load(w[k]), off = V::sub(choice.value(choice.level(x)), x);
+          choice.error = V::add(choice.error, V::mul(off, off));
+        }
+        V::keep_less(choice.error, best_error, choice.m, best_m, choice.z, best_z);
+      }
+    }
+    store(w, b, Choice(best_m, best_z), dst);
+  }
+
+  static void store(const float (*w)[16], int b, const Choice& choice, std::byte* dst) {
+    alignas(64) std::int32_t m[16], z[16], q[16];
+    V::store_i(m, V::to_i(choice.m));
+    V::store_i(z, V::to_i(choice.z));
+    for (int c = 0; c < 16; ++c) tile_word(dst, 0, c)[b] = static_cast<std::byte>((m[c] - 1) | z[c] << 4);
+    for (int k = 0; k < kBlock; ++k) {
+      V::store_i(q, V::to_i(choice.level(V::load(w[k]))));
+      for (int c = 0; c < 16; ++c) tile_word(dst, 1 + 4 * (b / 2) + k / 4, c)[k % 4] |= static_cast<std::byte>(q[c] << (4 * (b % 2)));
+    }
+  }
+};

@@ -1,0 +1,161 @@
+// From stored tiles to numbers: levels of the block formats, and the direct tiles that UNPACKED formats become in cache.
+// Include inside the namespace of a level, after Vec.
+
+// Weights of a block format, 16 columns at a time, span by span: a span is 32 consecutive k, what one bf16 tile holds.
+// w = level * scale - shift is exact in fp32, or rounds once, in the same way on every level; see the format's own file.
+template <class V, class Fmt>
+struct BlockWeights {
+  using F = typename V::F;
+  using I = typename V::I;
+  static constexpr int kSpans = Fmt::k_step / 32;  // of a tile
+  static constexpr int kDistance = 4096;           // bytes that a stream from memory is asked for ahead of its use
+
+  struct Scales {
+    F scale[2], shift;  // of k < 16 and k >= 16 of the span
+  };
+
+  // use(k, w) for k = 0 .. 31 of a span, in order.
+  template <class Use>
+  static inline __attribute__((always_inline)) void each(const std::byte* tile, int span, Use use) {
+    if constexpr (V::kPlainLoops) {
+      for (int k = 0; k < 32; ++k) use(k, V::each([&](int column) { return Fmt::dequantize(tile, column, 32 * span + k, 1.0f); }));
+    } else {
+      const Scales s = scales(tile, span);
+      each(tile + kRowBytes * Fmt::scale_rows, span, s, use, std::make_integer_sequence<int, 32>{});
+    }
+  }
+
+ private:
+  template <class Use, int... k>
+  static inline __attribute__((always_inline)) void each(const std::byte* levels, int span, const Scales& s, Use& use,
+                                                         std::integer_sequence<int, k...>) {
+    (use(k, weight<k>(levels, span, s)), ...);
+  }
+
+  static inline __attribute__((always_inline)) F byte_of(I row, int i) {
+    return V::to_f(V::and_i(i == 0   ? row
+                            : i == 1 ? V::template shr<8>(row)
+                            : i == 2 ? V::template shr<16>(row)
+                                     : V::template shr<24>(row),
+                            255));
+  }
+
+  static inline __attribute__((always_inline)) Scales scales(const std::byte* tile, int span) {
+    Scales s{};
+    if constexpr (requires { Fmt::high_row; }) {  // K-quants
+      const F d = V::load_f16(half_at(tile, 0, 0, 0));
+      if constexpr (Fmt::bits == 6) {
+        const I row = V::load_i(tile_word(tile, 1 + span / 2, 0));
+        const I low = span % 2 ? row : V::template shl<16>(row);
+        s.scale[0] = V::mul(d, V::to_f(V::template sar<24>(V::template shl<8>(low))));
+        s.scale[1] = V::mul(d, V::to_f(V::template sar<24>(low)));
+      } else {
+        const I row = V::load_i(tile_word(tile, 1 + span / 2, 0));
+        const I both = span % 2 ? V::template shr<16>(row) : row;
+        s.scale[0] = s.scale[1] = V::mul(d, byte_of(both, 0));
+        s.shift = V::mul(V::load_f16(half_at(tile, 0, 1, 0)), byte_of(both, 1));
+      }
+    } else if constexpr (std::is_same_v<Fmt, Fp8Format>) {
+      s.scale[0] = s.scale[1] = V::load(reinterpret_cast<const float*>(tile));
+    } else {  // two blocks a tile, a half-width scale each
+      const std::byte* at = half_at(tile, 0, 32 * span / Fmt::block, 0);
+      constexpr bool kBf16 = Fmt::parts[1].bytes == 2;
+      s.scale[0] = s.scale[1] = kBf16 ? V::load_bf16(reinterpret_cast<const bf16*>(at)) : V::load_f16(at);
+      if constexpr (Fmt::bits == 4) s.shift = V::mul(s.scale[0], V::set(8.0f));
+    }
+    return s;
+  }
+
+  template <int k>
+  static inline __attribute__((always_inline)) F weight(const std::byte* levels, int span, const Scales& s) {
+    constexpr int per_word = Fmt::bits == 8 ? 4 : 8;
+    const std::byte* at = levels + kRowBytes * (span * (32 / per_word) + k / per_word);
+    if constexpr (k % per_word == 0) __builtin_prefetch(at + kDistance, 0, 2);
+    const I row = V::load_i(at);
+    if constexpr (std::is_same_v<Fmt, Fp8Format>) {
+      const I top = V::template shl<24 - k % 4 * 8>(row);
+      return V::mul(V::as_f(V::and_i(V::template sar<4>(top), static_cast<std::int32_t>(0x87f00000u))), s.scale[0]);
+    } else if constexpr (Fmt::bits == 8) {
+      return V::mul(V::to_f(V::template sar<24>(V::template shl<24 - k % 4 * 8>(row))), s.scale[0]);
+    } else {
+      const I nibble = V::and_i(V::template shr<k % 8 * 4>(row), 15);
+      if constexpr (std::is_same_v<Fmt, Iq4NlFormat>) {
+        return V::mul(V::table16(nibble, kIq4Values), s.scale[0]);
+      } else if constexpr (Fmt::bits == 4) {
+        return V::fma(V::to_f(nibble), s.scale[0], V::sub(V::set(0.0f), s.shift));
+      } else if constexpr (Fmt::bits == 5) {
+        const I high = V::load_i(levels + kRowBytes * (Fmt::high_row - Fmt::scale_rows + span));
+        const I q = V::or_i(nibble, V::and_i(V::template move_bit<k, 4>(high), 16));
+        return V::fma(V::to_f(q), s.scale[0], V::sub(V::set(0.0f), s.shift));
+      } else {
+        const I high = V::load_i(levels + kRowBytes * (Fmt::high_row - Fmt::scale_rows + 2 * span + k / 16));
+        const I q = V::or_i(nibble, V::and_i(V::template move_bit<k % 16 * 2, 4>(high), 48));
+        return V::mul(V::to_f(V::sub_i(q, V::set_i(32))), s.scale[k / 16]);
+      }
+    }
+  }
+};
+
+template <class V>
+struct Unpack {
+  using F = typename V::F;
+  using I = typename V::I;
+
+  // Direct k-step `step` of tile t of panel p, as a 1 KB tile of w.layout().direct().
+  static void tile(const PackedMatrix& w, int p, int t, int step, std::byte* dst) {
+    const WeightFormat format = w.layout().format;
+    const int per_tile = direct_steps(format_info(format));
+    const std::byte* src = w.tile(p, t, step / per_tile);
+    switch (format) {
+      case WeightFormat::bf16:
+      case WeightFormat::int8:
+        std::memcpy(dst, src, kTileBytes);
+        return;
+      case WeightFormat::int4:
+        return int4_tile(src, dst);
+#define KTMOE_FORMAT(id, traits)
+#define KTMOE_BLOCK_FORMAT(id, traits) \
+  case WeightFormat::id:               \
+    return bf16_tile<traits>(src, step % per_tile, dst);
+#include "format/formats.inc"
+#undef KTMOE_FORMAT
+    }
+  }
+
+ private:
+  template <class Fmt>
+  static void bf16_tile(const std::byte* src, int span, std::byte* dst) {
+    F even{};
+    BlockWeights<V, Fmt>::each(src, span, [&](int k, F w) __attribute__((always_inline)) {
+      if (k % 2)
+        V::store_i(dst + kRowBytes * (k / 2), V::bf16_pairs(even, w));
+      else
+        even = w;
+    });
+  }
+
+  // int8 = m q - o by 16-bit multiplication of two bytes at once: q m <= 240, so the low byte never carries into the high one.
+  static void int4_tile(const std::byte* src, std::byte* dst) {
+    const I codes = V::load_i(src);
+    int4_block<0>(codes, src, dst);
+    int4_block<1>(codes, src, dst);
+    int4_block<2>(codes, src, dst);
+    int4_block<3>(codes, src, dst);
+  }
+  template <int b>
+  static inline __attribute__((always_inline)) void int4_block(I codes, const std::byte* src, std::byte* dst) {
+    const I code = V::and_i(V::template shr<8 * b>(codes), 255);
+    const I twice = V::or_i(code, V::template shl<16>(code));  // both 16-bit halves of a word
+    const I m = V::add_i(V::and_i(twice, 0x000f000f), V::set_i(0x00010001));
+    const I z = V::add_i(V::and_i(V::template shr<4>(twice), 0x000f000f), V::set_i(0x000f000f));
+    const I third = V::mulhi16(V::mullo16(z, m), V::set_i(21846 * 0x00010001));  // (15 + code) m / 3, exact below 2^15
+    const I o = V::or_i(third, V::template shl<8>(third));
+    for (int r = 0; r < 4; ++r) {
+      const std::byte* at = src + kRowBytes * (1 + 4 * (b / 2) + r);
+      if (b % 2 == 0) __builtin_prefetch(at + 4096, 0, 2);
+      const I row = V::load_i(at);
+      const I q = V::and_i(b % 2 ? V::template shr<4>(row) : row, 0x0f0f0f0f);
+      V::store_i(dst + kRowBytes * (4 * b + r), V::sub8(V::mullo16(q, m), o));
+    }
+  }
+};

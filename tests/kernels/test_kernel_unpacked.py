@@ -1,0 +1,111 @@
+"""Formats that are unpacked in cache or registers: both GEMMs against float64 on the weights that the bytes mean."""
+
+import numpy as np
+import pytest
+from oracle import bf16, child, int4, layout
+from oracle.bounds import U16, assert_same_bits, assert_within, sum_bound
+from oracle.formats import int8_quantize_rows
+from oracle.kernels import Kernels
+from oracle.memory import Guarded, Heap, Place
+from oracle.published import PUBLISHED
+from oracle.registry import BLOCK_ROWS, UNPACKED, each_isa
+
+from ktmoe import _ext
+
+each_unpacked = pytest.mark.parametrize("fmt", UNPACKED)
+# 1 and 2 rows are unpacked in registers; then every way to fill the row groups of the levels
+ROWS = [1, 2, 3, 7, 17, 33, 64]
+# n, k: ragged and whole k-steps (64 to 256), more than one block of 8 direct steps
+SHAPES = [(1, 1), (33, 300), (40, 1024)]
+UNROUNDED_ROWS = 2  # fp32 weights; with more rows they are rounded to bf16
+
+
+class Problem:
+    def __init__(self, isa: str, fmt: str, n: int, k: int, tokens: int, place: Place | None = None) -> None:
+        rng = np.random.default_rng(n + 7 * k)
+        self.kernels, self.fmt, self.n, self.k = Kernels(isa, fmt, place), fmt, n, k
+        self.panels = layout.n_panels(n, paired=False)
+        if fmt == "int4":
+            self.packed = self.kernels.pack(bf16.normal(rng, n, k))
+            levels, self.scale = int4.unpack(self.packed, self.panels, k)
+            self.w = levels.astype(np.float64)  # the column scale is applied apart
+        else:
+            parts = PUBLISHED[fmt].random(rng, n, k, 1.0)
+            self.packed = self.kernels.repack(parts, n, k)
+            self.w = np.zeros((32 * self.panels, k))
+            self.w[:n] = PUBLISHED[fmt].dequantize(parts, k)
+        self.x = bf16.normal(rng, tokens, k)
+        self.dy = bf16.normal(rng, tokens, n)
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray | None]:
+        if self.fmt != "int4":
+            return self.x, None
+        q, scale = int8_quantize_rows(bf16.widen(self.x))
+        rows = np.zeros((len(q), -(-self.k // 64) * 64), np.int8)
+        rows[:, : self.k] = q
+        return rows, scale
+
+    def forward(self, m: int, start: np.ndarray | None = None) -> np.ndarray:
+        rows, scale = self.rows()
+        operand = self.kernels.operand(rows[:m], m, self.k, None if scale is None else scale[:m])
+        c = self.kernels.forward(operand, m, self.packed, self.panels, self.k, start=start)
+        return c.swapaxes(0, 1).reshape(m, -1)
+
+    def backward(self, m: int) -> np.ndarray:
+        operand = self.kernels.grad_operand(self.dy[:m], m, self.panels)
+        return self.kernels.backward(operand, m, self.packed, self.panels, self.k)
+
+
+@each_isa
+@each_unpacked
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_both_directions(isa: str, fmt: str, shape: tuple[int, int]) -> None:
+    problem = Problem(isa, fmt, *shape, tokens=max(ROWS))
+    for m in (m for m in ROWS if m <= BLOCK_ROWS[isa]):
+        what = f"{isa}/{fmt} m={m} n,k={shape}"
+        rows, scale = problem.rows()
+        got = problem.forward(m)
+        if scale is not None:
+            sums = rows[:m, : problem.k].astype(np.int64) @ problem.w.astype(np.int64).T
+            chain = sums.astype(np.int32).astype(np.float32) * scale[:m, None] * problem.scale
+            assert_same_bits(got, chain, f"forward {what}")
+        else:
+            x = bf16.widen(problem.x[:m]).astype(np.float64)
+            rounding = 0.0 if m <= UNROUNDED_ROWS else U16
+            bound = sum_bound(problem.k, np.abs(x) @ np.abs(problem.w).T, rounding)
+            assert_within(got, x @ problem.w.T, bound, f"forward {what}")
+        dy = bf16.widen(problem.dy[:m]).astype(np.float64)
+        w = problem.w[: problem.n]
+        bound = sum_bound(problem.n, np.abs(dy) @ np.abs(w), 0.0 if fmt == "int4" else U16)
+        assert_within(problem.backward(m)[:, : problem.k], dy @ w, bound, f"backward {what}")
+
+
+@each_isa
+@pytest.mark.parametrize("fmt", [f for f in UNPACKED if f != "int4"])
+def test_forward_accumulates(isa: str, fmt: str) -> None:
+    problem = Problem(isa, fmt, 40, 600, tokens=20)
+    for m in (1, 2, 20):
+        start = np.random.default_rng(m).standard_normal((problem.panels, m, 32), dtype=np.float32) * 8
+        x, first = bf16.widen(problem.x[:m]).astype(np.float64), start.swapaxes(0, 1).reshape(m, -1).astype(np.float64)
+        bound = sum_bound(601, np.abs(x) @ np.abs(problem.w).T + np.abs(first), U16)
+        assert_within(problem.forward(m, start), x @ problem.w.T + first, bound, f"m={m}")
+
+
+@each_isa
+@each_unpacked
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_nothing_outside_the_operands_is_touched(isa: str, fmt: str, side: str) -> None:
+    def body(say: object) -> None:
+        for m in (1, 2, 3, 17):
+            for n, k in ((1, 1), (33, 300)):
+                say(f"m={m} n={n} k={k}")  # type: ignore[operator]
+                guarded = Problem(isa, fmt, n, k, m, Guarded(side))
+                free = Problem(isa, fmt, n, k, m, Heap())
+                assert_same_bits(guarded.forward(m), free.forward(m), "forward")
+                assert_same_bits(guarded.backward(m), free.backward(m), "backward")
+
+    child.run(body).check()
+
+
+def test_direct_formats_are_the_other_grid() -> None:
+    assert all(_ext.testing.direct(f) != f for f in UNPACKED)
