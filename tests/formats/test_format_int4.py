@@ -104,7 +104,7 @@ def test_size() -> None:
 
 
 def layer_error(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> float:
-    """Relative L2 error of one expert's output, bf16 input, int4 weights and int8 activations as the engine runs them."""
+    """Relative L2 error of one expert's output: int4 weights and int8 activations, as the engine runs them."""
     inter, hidden = gate.shape
     engine = _ext.MoeLayer(make_pool(), 1, 1, hidden, inter, "int4")
     engine.load_expert(0, gate, up, down)

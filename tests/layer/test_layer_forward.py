@@ -1,12 +1,14 @@
-"""The whole layer against float64 on the weights that the kernels really use: each row within 2^-7."""
+"""The whole layer against float64 on the weights that the kernels really use: each row within the rounding of its operands."""
 
 import pytest
 import torch
 from oracle.bounds import row_error
 from oracle.layers import Inputs, Layer, Shape, assert_same, make_inputs, make_lora
-from oracle.registry import BLOCK_ROWS, each_isa, each_layer_format
+from oracle.published import PUBLISHED
+from oracle.registry import BLOCK_ROWS, LAYER_FORMATS, each_isa, each_layer_format
 
-TOLERANCE = 2.0**-7
+# h is rounded to bf16; block formats round their weights on the way to bf16 tiles as well.
+TOLERANCE = {fmt: 2.0**-6 if fmt in PUBLISHED else 2.0**-7 for fmt in LAYER_FORMATS}
 KINDS = ["uniform", "all to one", "one each", "mixed", "duplicates"]
 SHAPES = [
     Shape(1, 1, 64, 32),
@@ -20,9 +22,9 @@ SHAPES = [
 ]
 
 
-def check(got: torch.Tensor, want: object, what: str) -> None:
+def check(fmt: str, got: torch.Tensor, want: object, what: str) -> None:
     error = row_error(got.double().numpy(), want)
-    assert (error <= TOLERANCE).all(), f"{what}: row {int(error.argmax())} is off by {error.max():.4f}"
+    assert (error <= TOLERANCE[fmt]).all(), f"{what}: row {int(error.argmax())} is off by {error.max():.4f}"
 
 
 @each_isa
@@ -33,7 +35,7 @@ def test_every_shape_and_routing(isa: str, fmt: str, shape: Shape) -> None:
     for kind in KINDS:
         for tokens in (1, 2, 3, 33):
             x = make_inputs(shape, tokens, kind, seed=tokens)
-            check(layer.forward(x), layer.reference(x), f"{isa}/{fmt} {shape} {kind} tokens={tokens}")
+            check(fmt, layer.forward(x), layer.reference(x), f"{isa}/{fmt} {shape} {kind} tokens={tokens}")
 
 
 @each_isa
@@ -43,7 +45,7 @@ def test_more_rows_than_a_block(isa: str, fmt: str) -> None:
     layer = Layer(shape, fmt, isa)
     for tokens in (BLOCK_ROWS[isa], BLOCK_ROWS[isa] + 1, 2 * BLOCK_ROWS[isa] + 5):
         x = make_inputs(shape, tokens, "all to one")
-        check(layer.forward(x), layer.reference(x), f"tokens={tokens}")
+        check(fmt, layer.forward(x), layer.reference(x), f"tokens={tokens}")
 
 
 @each_isa
@@ -55,7 +57,7 @@ def test_lora(isa: str, fmt: str, rank: int) -> None:
         adapter = layer.adapter(lora, scaling=2.5)
         for tokens in (1, 3, 20):
             x = make_inputs(shape, tokens, "mixed" if tokens > 3 else "uniform")
-            check(layer.forward(x, adapter), layer.reference(x, lora, 2.5), f"{shape} tokens={tokens}")
+            check(fmt, layer.forward(x, adapter), layer.reference(x, lora, 2.5), f"{shape} tokens={tokens}")
 
 
 @each_isa
@@ -86,7 +88,7 @@ def test_masked_slots_do_not_change_a_bit(isa: str, fmt: str) -> None:
     layer, x = Layer(shape, fmt, isa), make_inputs(shape, 9)
     x.ids[:, 1] = -1
     want = layer.forward(x)
-    check(want, layer.reference(x), "masked")
+    check(fmt, want, layer.reference(x), "masked")
     assert_same(layer.forward(Inputs(x.hidden, torch.where(x.ids < 0, 4, x.ids), x.weights)), want, "E for -1")
 
 
@@ -99,7 +101,7 @@ def test_a_duplicate_expert_counts_twice(isa: str, fmt: str) -> None:
     once = Inputs(x.hidden, x.ids.clone(), x.weights.sum(dim=1, keepdim=True).repeat(1, 2))
     once.ids[:, 1] = -1
     error = row_error(layer.forward(x).double().numpy(), layer.forward(once).double().numpy())
-    assert (error <= TOLERANCE).all()
+    assert (error <= TOLERANCE[fmt]).all()
 
 
 @each_isa
@@ -145,7 +147,7 @@ def test_experts_on_the_gpu_are_skipped(isa: str, fmt: str) -> None:
     shape = Shape(5, 2, 70, 40)
     x = make_inputs(shape, 20)
     layer = Layer(shape, fmt, isa, on_gpu=[True, False, True, False, False])
-    check(layer.forward(x), layer.reference(x), "mask")
+    check(fmt, layer.forward(x), layer.reference(x), "mask")
     assert layer.engine.loaded
     assert layer.engine.packed_bytes * 5 == Layer(shape, fmt, isa).engine.packed_bytes * 3
     everything = Layer(shape, fmt, isa, on_gpu=[True] * 5)
@@ -178,4 +180,4 @@ def test_outliers(isa: str, fmt: str) -> None:
     x.hidden[3] *= 1e-3
     got = layer.forward(x)
     assert (got[2] == 0).all()
-    check(got, layer.reference(x), "outliers")
+    check(fmt, got, layer.reference(x), "outliers")
