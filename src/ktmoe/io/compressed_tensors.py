@@ -4,7 +4,8 @@ Of a matrix [n, k] in groups of g = 32, 64 or 128 along k:
     .weight_packed    int32 [n, ceil(k/8)]: eight codes each, the first in the lowest four bits; code 8 is zero
     .weight_scale     bf16, fp16 or fp32 [n, k/g], or [n, 1]: one scale a row
     .weight_shape     int64 [2] = (n, k); optional
-In memory the int32 are, byte by byte, what the engine takes: the even k in the low nibble.
+In memory the int32 are, byte by byte, what the engine takes: the even k in the low nibble. Scales that are not bf16 are
+rounded to it.
 """
 
 from __future__ import annotations
