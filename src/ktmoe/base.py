@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,11 +13,13 @@ from . import _ext
 from .capsule import rows_in_one_piece, to_dlpack
 from .config import MoEConfig
 from .errors import WeightFileError, not_available, weights_not_loaded
-from .io.published import PublishedMatrix, convert, plain
-from .io.sources import Source, open_source
 from .lora import LoraMirror, PackedLora
 from .methods import Method, method_for
 from .runtime import CPUInfer, engine_for, isa_without_amx
+
+if TYPE_CHECKING:  # what reads files is imported when something is loaded: `import ktmoe` stays quick
+    from .io.published import PublishedMatrix
+    from .io.sources import Source
 
 # Looked up on every forward: module globals are cheaper than attributes of torch.
 _BF16, _F32, _I64, _I32 = torch.bfloat16, torch.float32, torch.int64, torch.int32
@@ -131,6 +133,8 @@ class BaseMoEWrapper:
         their kind as they are and quantise plain ones; the other methods read all files as bf16.
         WeightFileError if the files are missing, damaged or do not fit the layer; the layer is then not loaded.
         """
+        from .io.sources import open_source
+
         if not self.weight_path:
             raise ValueError("weight_path: got an empty path, expected the folder of the model's weight files")
         shape = self.layer_idx, self.hidden_size, self.moe_intermediate_size
@@ -169,6 +173,8 @@ class BaseMoEWrapper:
         Tensors that are not contiguous are copied first. Loading an expert again replaces it.
         ValueError for an expert that is on the GPU.
         """
+        from .io.published import plain
+
         h, i = self.hidden_size, self.moe_intermediate_size
         for name, tensor, shape in (("gate", gate, (i, h)), ("up", up, (i, h)), ("down", down, (h, i))):
             _check_weight(name, tensor, shape)
@@ -176,6 +182,8 @@ class BaseMoEWrapper:
 
     def _put(self, expert: int, matrices: Iterable[PublishedMatrix]) -> None:
         """Hands gate, up and down of one expert to the engine."""
+        from .io.published import convert
+
         gate_up, down = self._formats
         ready = [convert(m, f) for m, f in zip(matrices, (gate_up, gate_up, down), strict=True)]
         if self._formats == ("bf16", "bf16"):

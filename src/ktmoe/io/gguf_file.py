@@ -50,7 +50,10 @@ def is_gguf(path: str, prefer: bool = False) -> bool:
     A folder that has safetensors files too counts only with `prefer`.
     """
     if os.path.isdir(path):
-        names = os.listdir(path)
+        try:
+            names = os.listdir(path)
+        except OSError:  # named by whoever reads the folder next
+            return False
         return any(n.endswith(_SUFFIX) for n in names) and (
             prefer or not any(n.endswith(".safetensors") for n in names)
         )
