@@ -106,14 +106,17 @@ class MoeLayer:
         top_k: int,
         hidden: int,
         inter: int,
-        format: str,  # "bf16" | "int8"
+        format: str,  # of gate and up: "bf16" | "int8" | a published format, see ktmoe.io.published
         isa: str = "",  # "" = active_isa()
         chunk_tokens: int = 0,  # 0 = engine's own bound on scratch
         on_gpu: Array | None = None,  # bool or uint8 [n_experts]: these get no memory here and are skipped
+        down_format: str = "",  # "" = format
     ) -> None: ...
     def load_expert(self, expert: int, gate: Array, up: Array, down: Array) -> None:
         """gate, up [inter, hidden], down [hidden, inter], bf16, C-contiguous. Packs (quantises) with all threads.
         A GPU expert is a ValueError. Loading an expert twice replaces it."""
+    def load_expert_raw(self, expert: int, gate: list[Array], up: list[Array], down: list[Array]) -> None:
+        """The arrays of each matrix in its published format, packed without loss. Otherwise as `load_expert`."""
     @property
     def loaded(self) -> bool:
         """True when every CPU expert has been loaded."""

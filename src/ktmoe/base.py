@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from . import _ext
 from .capsule import rows_in_one_piece, to_dlpack
 from .config import MoEConfig
 from .errors import WeightFileError, not_available, weights_not_loaded
-from .io.experts import open_experts
 from .lora import LoraMirror, PackedLora
-from .methods import Method
+from .methods import Method, method_for
 from .runtime import CPUInfer, engine_for, isa_without_amx
+
+if TYPE_CHECKING:  # what reads files is imported when something is loaded: `import ktmoe` stays quick
+    from .io.published import PublishedMatrix
+    from .io.sources import Source
 
 # Looked up on every forward: module globals are cheaper than attributes of torch.
 _BF16, _F32, _I64, _I32 = torch.bfloat16, torch.float32, torch.int64, torch.int32
@@ -61,18 +64,9 @@ class BaseMoEWrapper:
         self.cpu_save = config.cpu_save
         self.max_deferred_experts_per_token = config.max_deferred_experts_per_token
         self.cpu_infer: CPUInfer = engine_for(config)
-        assert method.format is not None  # methods.resolve refused the others
-        self.layer = _ext.MoeLayer(
-            self.cpu_infer.pool,
-            config.num_experts,
-            config.num_experts_per_tok,
-            config.hidden_size,
-            config.moe_intermediate_size,
-            method.format,
-            "" if method.amx else isa_without_amx(),
-            config.chunked_prefill_size,
-            to_dlpack(config.gpu_experts_mask.to(torch.uint8)) if config.num_gpu_experts else None,
-        )
+        self._row = method
+        self._formats = self._own_formats()
+        self.layer = self._new_layer(self._formats)
         self.mirror = LoraMirror(
             self.cpu_infer.pool, config.num_experts, config.hidden_size, config.moe_intermediate_size
         )
@@ -87,6 +81,43 @@ class BaseMoEWrapper:
             f"moe_intermediate_size={c.moe_intermediate_size}, loaded={self.loaded})"
         )
 
+    # --- formats --------------------------------------------------------------------------------------------------
+    def _own_formats(self) -> tuple[str, str]:
+        """Formats, as in `io.published`, in which bf16 weights are handed to the engine: gate/up and down."""
+        if self._row.published == "int4":
+            return (f"int4_g{self.config.group_size}",) * 2
+        if self._row.published == "gguf":
+            return (self.config.gguf_type.lower(),) * 2
+        return ("fp8", "fp8") if self._row.published == "fp8" else ("bf16", "bf16")
+
+    def _formats_of(self, source: Source) -> tuple[str, str]:
+        """Formats in which weights of `source` are handed over: their own where the method computes with them."""
+        if source.kind == self._row.published:
+            return source.formats
+        if self._row.published and source.kind != "bf16":
+            raise WeightFileError(
+                f"{self.weight_path}, layer {self.layer_idx}: holds {source.kind} experts, which method {self.method} "
+                f"does not read; method {method_for(source.kind)} does"
+            )
+        return self._own_formats()
+
+    def _new_layer(self, formats: tuple[str, str]) -> _ext.MoeLayer:
+        config = self.config
+        assert self._row.format is not None  # methods.resolve refused the others
+        gate_up, down = formats if self._row.published else (self._row.format, self._row.format)
+        return _ext.MoeLayer(
+            self.cpu_infer.pool,
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            gate_up,
+            "" if self._row.amx else isa_without_amx(),
+            config.chunked_prefill_size,
+            to_dlpack(config.gpu_experts_mask.to(torch.uint8)) if config.num_gpu_experts else None,
+            **({} if down == gate_up else {"down_format": down}),
+        )
+
     # --- weights --------------------------------------------------------------------------------------------------
     @property
     def loaded(self) -> bool:
@@ -94,24 +125,29 @@ class BaseMoEWrapper:
         return self.layer.loaded
 
     def load_weights(self, physical_to_logical_map: Tensor | None = None) -> None:
-        """Loads this layer's experts from `weight_path`, a folder with safetensors files in a Hugging Face layout.
+        """Loads this layer's experts from `weight_path`: a folder with safetensors files in a Hugging Face layout
+        (BF16, F16, F32, FP8, or compressed-tensors int4), a GGUF file, or a folder of GGUF files.
 
         physical_to_logical_map: integers [num_experts]; slot e gets the weights of the file's expert map[e].
-        None: slot e gets expert e. BF16, F16 and F32 files are read, one expert in memory at a time.
+        None: slot e gets expert e. One expert is in memory at a time. RAWINT4, FP8 and LLAMAFILE compute with files of
+        their kind as they are and quantise plain ones; the other methods read all files as bf16.
         WeightFileError if the files are missing, damaged or do not fit the layer; the layer is then not loaded.
         """
+        from .io.sources import open_source
+
         if not self.weight_path:
-            raise ValueError("weight_path: got an empty path, expected the folder of the model's safetensors files")
-        with open_experts(self.weight_path, self.layer_idx, self.hidden_size, self.moe_intermediate_size) as source:
+            raise ValueError("weight_path: got an empty path, expected the folder of the model's weight files")
+        shape = self.layer_idx, self.hidden_size, self.moe_intermediate_size
+        with open_source(self.weight_path, *shape, prefer_gguf=self._row.published == "gguf") as source:
             where = f"{self.weight_path}, layer {self.layer_idx}"
             if physical_to_logical_map is None and source.n_experts != self.num_experts:
                 raise WeightFileError(
                     f"{where}: got {source.n_experts} experts, expected num_experts={self.num_experts}"
                 )
             slots = self._slots(physical_to_logical_map, source.n_experts, where)
-            with self._loading():
+            with self._loading(self._formats_of(source)):
                 for slot, logical in slots:
-                    self.load_expert(slot, *source.read(logical))
+                    self._put(slot, source.read(logical))
 
     def load_weights_from_tensors(
         self, gate: Tensor, up: Tensor, down: Tensor, physical_to_logical_map: Tensor | None = None
@@ -127,7 +163,7 @@ class BaseMoEWrapper:
         for name, tensor, shape in (("gate", gate, (n, i, h)), ("up", up, (n, i, h)), ("down", down, (n, h, i))):
             _check_weight(name, tensor, shape)
         slots = self._slots(physical_to_logical_map, n, "gate, up, down")
-        with self._loading():
+        with self._loading(self._own_formats()):
             for slot, logical in slots:
                 self.load_expert(slot, gate[logical], up[logical], down[logical])
 
@@ -137,15 +173,31 @@ class BaseMoEWrapper:
         Tensors that are not contiguous are copied first. Loading an expert again replaces it.
         ValueError for an expert that is on the GPU.
         """
+        from .io.published import plain
+
         h, i = self.hidden_size, self.moe_intermediate_size
         for name, tensor, shape in (("gate", gate, (i, h)), ("up", up, (i, h)), ("down", down, (h, i))):
             _check_weight(name, tensor, shape)
-        self.layer.load_expert(expert, *(to_dlpack(t.detach().contiguous()) for t in (gate, up, down)))
+        self._put(expert, [plain(t.detach()) for t in (gate, up, down)])
+
+    def _put(self, expert: int, matrices: Iterable[PublishedMatrix]) -> None:
+        """Hands gate, up and down of one expert to the engine."""
+        from .io.published import convert
+
+        gate_up, down = self._formats
+        ready = [convert(m, f) for m, f in zip(matrices, (gate_up, gate_up, down), strict=True)]
+        if self._formats == ("bf16", "bf16"):
+            self.layer.load_expert(expert, *(to_dlpack(m.parts[0].contiguous()) for m in ready))
+        else:
+            self.layer.load_expert_raw(expert, *([to_dlpack(part.contiguous()) for part in m.parts] for m in ready))
 
     @contextmanager
-    def _loading(self) -> Iterator[None]:
+    def _loading(self, formats: tuple[str, str]) -> Iterator[None]:
         """A load that fails half-way, or is interrupted, leaves a layer without weights, never a mixture."""
-        self.layer.unload()
+        if formats == self._formats:
+            self.layer.unload()
+        else:  # the engine's layer has its formats for life
+            self.layer, self._formats = self._new_layer(formats), formats
         try:
             yield
         except BaseException:

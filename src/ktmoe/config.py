@@ -20,6 +20,8 @@ MAX_DIM = 65_536
 """Bound on hidden and inter: an int32 sum of 65,536 products u8*s8 cannot overflow."""
 MAX_EXPERTS = 65_536
 MAX_RANK = 4_096
+GROUP_SIZES = (32, 64, 128)
+GGUF_TYPES = ("Q4_K", "Q8_0", "Q4_0")
 _MAX_COUNT = 2**31 - 1
 
 
@@ -76,6 +78,8 @@ class MoEConfig:
     numa_nodes: Sequence[int] | None = None
     swiglu_limit: float = 0.0
     swiglu_alpha: float = 0.0
+    group_size: int = 32
+    gguf_type: str = "Q4_K"
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -92,6 +96,10 @@ class MoEConfig:
         check("hidden_size", 1, MAX_DIM)
         check("moe_intermediate_size", 1, MAX_DIM)
         check("chunked_prefill_size", 1)
+        if check("group_size", 1) not in GROUP_SIZES:
+            raise ValueError(f"group_size: got {self.group_size}, expected 32, 64 or 128")
+        if self.gguf_type not in GGUF_TYPES:
+            raise ValueError(f"gguf_type: got {self.gguf_type!r}, expected {', '.join(GGUF_TYPES)}")
         if self.cpuinfer_threads is not None:
             check("cpuinfer_threads", 1)
         if self.threadpool_count is not None:

@@ -22,19 +22,22 @@ class Method:
     backend: str
     """Name of the wrapper class that serves it."""
     format: str | None
-    """Packed weight format of the engine; None where the engine has none for it yet."""
+    """Packed weight format of the engine; None where the engine has none for it yet. See also `published`."""
     implemented: bool = True
     amx: bool = True
     """False: runs on the best level of the host that is not AMX."""
+    published: str = ""
+    """The kind of files ("int4", "fp8", "gguf") whose weights are computed with as they are. `format` is then only what
+    bf16 tensors become: group_size and gguf_type may change it, and files bring their own."""
 
 
 _ROWS = (
     Method("AMXINT4", "inference", "AMXMoEWrapper", None, implemented=False),
     Method("AMXINT8", "inference", "AMXMoEWrapper", "int8"),
-    Method("RAWINT4", "inference", "NativeMoEWrapper", None, implemented=False),
-    Method("FP8", "inference", "NativeMoEWrapper", None, implemented=False),
+    Method("RAWINT4", "inference", "NativeMoEWrapper", "int4_g32", published="int4"),
+    Method("FP8", "inference", "NativeMoEWrapper", "fp8", published="fp8"),
     Method("BF16", "inference", "NativeMoEWrapper", "bf16"),
-    Method("LLAMAFILE", "inference", "LlamafileMoEWrapper", None, implemented=False),
+    Method("LLAMAFILE", "inference", "LlamafileMoEWrapper", "q4_k", published="gguf"),
     Method("MOE_INT4", "inference", "GeneralMoEWrapper", None, implemented=False, amx=False),
     Method("MOE_INT8", "inference", "GeneralMoEWrapper", "int8", amx=False),
     Method("AMXBF16_SFT", "sft", "AMXSFTMoEWrapper", "bf16"),
@@ -49,6 +52,11 @@ METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 def methods_of(mode: str, *, implemented_only: bool = False) -> list[Method]:
     """The rows of one mode, in table order."""
     return [m for m in _ROWS if m.mode == mode and (m.implemented or not implemented_only)]
+
+
+def method_for(kind: str) -> str:
+    """The method that computes with files of this kind as they are, for messages."""
+    return next((m.name for m in _ROWS if m.published == kind), "BF16")
 
 
 def resolve(method: str, mode: str) -> Method:

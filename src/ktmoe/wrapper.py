@@ -32,13 +32,15 @@ class KTMoEWrapper(BaseMoEWrapper):
     num_gpu_experts: experts [0, n) are on the GPU, so this layer gives them no memory and skips them.
     cpuinfer_threads: threads of the engine, None = one per physical core. threadpool_count: sub-pools, None = one per
         NUMA node. Layers with equal values share one engine.
-    weight_path: folder of safetensors files, needed by load_weights only.
+    weight_path: folder of safetensors files, or a GGUF file or a folder of them; needed by load_weights only.
     chunked_prefill_size: tokens that are processed at a time; bounds the working memory.
     cpu_save, max_deferred_experts_per_token: only False and None or 0 so far.
     method, mode: see `ktmoe.methods.METHODS`; mode is "inference" or "sft".
     lora_rank (1..4096, tuned for up to 256), lora_alpha, max_cache_depth: only with mode="sft". The LoRA term is scaled
         by lora_alpha / lora_rank; max_cache_depth forwards may wait for their backward.
     gpu_experts_mask: bool [num_experts], which experts are on the GPU; wins over num_gpu_experts.
+    group_size: 32, 64 or 128, weights to a scale where RAWINT4 quantises bf16 tensors; files bring their own.
+    gguf_type: "Q4_K", "Q8_0" or "Q4_0", what LLAMAFILE makes of bf16 tensors.
     numa_nodes: the NUMA node of each sub-pool. swiglu_limit, swiglu_alpha: only 0.0 so far.
 
     ValueError for an unknown mode, a method of the other mode, and a value out of range; TypeError for a wrong type;
@@ -71,6 +73,8 @@ class KTMoEWrapper(BaseMoEWrapper):
         numa_nodes: Sequence[int] | None = None,
         swiglu_limit: float = 0.0,
         swiglu_alpha: float = 0.0,
+        group_size: int = 32,
+        gguf_type: str = "Q4_K",
     ) -> BaseMoEWrapper:
         row = resolve(method, mode)
         config = MoEConfig(
@@ -90,6 +94,8 @@ class KTMoEWrapper(BaseMoEWrapper):
             numa_nodes=numa_nodes,
             swiglu_limit=swiglu_limit,
             swiglu_alpha=swiglu_alpha,
+            group_size=group_size,
+            gguf_type=gguf_type,
         )
         if row.mode == "sft":
             return AMXSFTMoEWrapper(config, row, SFTConfig(lora_rank, lora_alpha, max_cache_depth))

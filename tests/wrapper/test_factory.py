@@ -35,7 +35,14 @@ def test_signature_is_the_specified_one() -> None:
     }
     assert {name: defaults[name] for name in specified} == specified
     keyword_only = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert keyword_only == {"gpu_experts_mask": None, "numa_nodes": None, "swiglu_limit": 0.0, "swiglu_alpha": 0.0}
+    assert keyword_only == {
+        "gpu_experts_mask": None,
+        "numa_nodes": None,
+        "swiglu_limit": 0.0,
+        "swiglu_alpha": 0.0,
+        "group_size": 32,
+        "gguf_type": "Q4_K",
+    }
 
 
 @pytest.mark.parametrize("row", [m for m in METHODS.values() if m.implemented], ids=lambda m: m.name)
@@ -118,6 +125,10 @@ def test_made_under_another_default_device() -> None:
 
 BAD = [
     ("layer_idx", -1, ValueError),
+    ("group_size", 16, ValueError),
+    ("group_size", "32", TypeError),
+    ("gguf_type", "Q6_K", ValueError),
+    ("gguf_type", None, ValueError),
     ("layer_idx", "0", TypeError),
     ("num_experts", 0, ValueError),
     ("num_experts", 65_537, ValueError),

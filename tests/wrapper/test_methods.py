@@ -28,6 +28,9 @@ def test_what_is_implemented() -> None:
     assert {m.name for m in METHODS.values() if m.implemented} == {
         "AMXINT8",
         "MOE_INT8",
+        "RAWINT4",
+        "FP8",
+        "LLAMAFILE",
         "BF16",
         "AMXBF16_SFT",
         "AMXINT8_SFT",

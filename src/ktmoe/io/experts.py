@@ -4,6 +4,8 @@ Layouts, recognised by their tensor names under any prefix:
     layers.{L}.{block}.experts.{e}.{gate,up,down}_proj.weight    Qwen, DeepSeek, OLMoE, GLM, ...
     layers.{L}.{block}.experts.{e}.{w1,w3,w2}.weight             Mixtral, MiniMax, ...
     layers.{L}.{block}.experts.{gate_up_proj,down_proj}          fused: [E, 2*inter, hidden] and [E, hidden, inter]
+Quantised weights have more tensors: "weight_packed", "weight_scale", ... of an expert, "gate_up_proj_scale_inv", ... of
+a fused stack. They are found here and read in `compressed_tensors` and `fp8`.
 """
 
 from __future__ import annotations
@@ -19,31 +21,42 @@ from torch import Tensor
 from ..errors import WeightFileError
 from .safetensors_dir import SafetensorsDir
 
-_PROJECTIONS = ("gate", "up", "down")
+PROJECTIONS = ("gate", "up", "down")
 _ROLE = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _STEM = r"(?P<stem>(?:.*\.)?layers\.(?P<layer>[0-9]{1,6})\.(?:[A-Za-z_]+\.)?experts)\."
 _SEPARATE = re.compile(_STEM + r"(?P<expert>[0-9]{1,6})\.(?P<role>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_BESIDE = re.compile(
+    _STEM + r"(?P<expert>[0-9]{1,6})\.(?P<role>gate_proj|up_proj|down_proj|w1|w2|w3)"
+    r"\.weight_(?P<suffix>packed|scale|scale_inv|shape|zero_point|g_idx)"
+)
+_FUSED_SCALE = re.compile(_STEM + r"(?P<role>gate_up_proj|down_proj)(?:\.weight)?_scale(?:_inv)?")
 _FUSED = re.compile(_STEM + r"(?P<role>gate_up_proj|down_proj)(?:\.weight)?")
 _ANY = re.compile(_STEM + r".*")
 
 
 @dataclass
-class _Group:
+class Group:
     """The tensors under one "...layers.{L}....experts"."""
 
     separate: dict[tuple[int, str], str] = field(default_factory=dict)
+    """(expert, projection) -> name of its ".weight"."""
+    beside: dict[str, dict[tuple[int, str], str]] = field(default_factory=dict)
+    """For "packed", "scale", "scale_inv", ...: (expert, projection) -> name of its ".weight_packed" and so on."""
     fused: dict[str, str] = field(default_factory=dict)
+    """For "gate_up_proj" and "down_proj": the name of the stack."""
+    fused_scales: dict[str, str] = field(default_factory=dict)
+    """As `fused`: the name of its scales."""
 
 
 class ExpertSource:
     """Reads the experts of one layer one by one; an open folder, to be closed by close() or `with`."""
 
-    def __init__(self, folder: SafetensorsDir, group: _Group, layer: int, hidden: int, inter: int) -> None:
+    def __init__(self, folder: SafetensorsDir, group: Group, layer: int, hidden: int, inter: int) -> None:
         self._folder = folder
         self._group = group
         self._hidden = hidden
         self._inter = inter
-        self.n_experts = self._count(layer)
+        self.n_experts = count_experts(folder, group, layer)
         """Experts that the files hold for this layer."""
 
     def __enter__(self) -> ExpertSource:
@@ -56,24 +69,6 @@ class ExpertSource:
         """Closes the files."""
         self._folder.close()
 
-    def _count(self, layer: int) -> int:
-        where = f"{self._folder.folder}, layer {layer}"
-        if self._group.fused:
-            for role in ("gate_up_proj", "down_proj"):
-                if role not in self._group.fused:
-                    raise WeightFileError(f"{where}: fused experts have no {role}")
-            name = self._group.fused["down_proj"]
-            shape = self._folder.file_of(name).entry(name).shape
-            if len(shape) != 3:
-                raise WeightFileError(f"{where}: tensor {name!r}: got shape {list(shape)}, expected 3 dimensions")
-            return shape[0]
-        count = 1 + max(expert for expert, _ in self._group.separate)
-        # The highest number comes from a name, that is from anybody: count the tensors before looking for each.
-        if len(self._group.separate) != 3 * count:
-            missing = next((e, p) for e in range(count) for p in _PROJECTIONS if (e, p) not in self._group.separate)
-            raise WeightFileError(f"{where}: expert {missing[0]} has no {missing[1]} weight")
-        return count
-
     def read(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """gate, up [inter, hidden] and down [hidden, inter] of one expert, bf16, contiguous."""
         h, i = self._hidden, self._inter
@@ -84,9 +79,42 @@ class ExpertSource:
             return gate_up[:i], gate_up[i:], down
         gate, up, down = (
             self._folder.read(self._group.separate[expert, role], shape).to(torch.bfloat16)
-            for role, shape in zip(_PROJECTIONS, ((i, h), (i, h), (h, i)), strict=True)
+            for role, shape in zip(PROJECTIONS, ((i, h), (i, h), (h, i)), strict=True)
         )
         return gate, up, down
+
+
+def count_experts(folder: SafetensorsDir, group: Group, layer: int) -> int:
+    """Experts of a group. WeightFileError if there are gaps among the weights."""
+    where = f"{folder.folder}, layer {layer}"
+    if group.fused:
+        for role in ("gate_up_proj", "down_proj"):
+            if role not in group.fused:
+                raise WeightFileError(f"{where}: fused experts have no {role}")
+        name = group.fused["down_proj"]
+        shape = folder.entry(name).shape
+        if len(shape) != 3:
+            raise WeightFileError(f"{where}: tensor {name!r}: got shape {list(shape)}, expected 3 dimensions")
+        return shape[0]
+    names = group.beside.get("packed") or group.separate
+    count = 1 + max(expert for expert, _ in names)
+    # The highest number comes from a name, that is from anybody: count the tensors before looking for each.
+    if len(names) != 3 * count:
+        missing = next((e, p) for e in range(count) for p in PROJECTIONS if (e, p) not in names)
+        raise WeightFileError(f"{where}: expert {missing[0]} has no {missing[1]} weight")
+    return count
+
+
+def find_group(folder: SafetensorsDir, layer: int) -> Group:
+    """The expert tensors of `layer`. WeightFileError if the folder has none or several candidates."""
+    groups = dict(_groups(_Names(folder.shards)).get(layer, {}))
+    groups = {stem: g for stem, g in groups.items() if g.separate or g.fused or "packed" in g.beside}
+    if len(groups) > 1:
+        # Multi-token-prediction heads number their own layers from 0.
+        groups = {stem: g for stem, g in groups.items() if "mtp" not in stem.split(".")}
+    if len(groups) != 1:
+        raise WeightFileError(f"{folder.folder}: {_why_not_one(folder.shards, layer, sorted(groups))}")
+    return next(iter(groups.values()))
 
 
 def open_experts(folder: str, layer: int, hidden: int, inter: int) -> ExpertSource:
@@ -96,13 +124,7 @@ def open_experts(folder: str, layer: int, hidden: int, inter: int) -> ExpertSour
     """
     opened = SafetensorsDir(folder)
     try:
-        groups = dict(_groups(_Names(opened.shards)).get(layer, {}))
-        if len(groups) > 1:
-            # Multi-token-prediction heads number their own layers from 0.
-            groups = {stem: g for stem, g in groups.items() if "mtp" not in stem.split(".")}
-        if len(groups) != 1:
-            raise WeightFileError(f"{folder}: {_why_not_one(opened.shards, layer, sorted(groups))}")
-        return ExpertSource(opened, next(iter(groups.values())), layer, hidden, inter)
+        return ExpertSource(opened, find_group(opened, layer), layer, hidden, inter)
     except BaseException:
         opened.close()
         raise
@@ -122,19 +144,25 @@ class _Names:
 
 
 @functools.lru_cache(maxsize=2)
-def _groups(names: _Names) -> dict[int, dict[str, _Group]]:
+def _groups(names: _Names) -> dict[int, dict[str, Group]]:
     """layer -> stem -> tensors. Cached, because a model of many layers asks for the same folder once a layer."""
-    layers: dict[int, dict[str, _Group]] = {}
+    layers: dict[int, dict[str, Group]] = {}
     for name in names.shards:
-        if match := _SEPARATE.fullmatch(name):
-            group = layers.setdefault(int(match["layer"]), {}).setdefault(match["stem"], _Group())
-            key = (int(match["expert"]), _ROLE[match["role"]])
-            if key in group.separate:
-                raise WeightFileError(f"tensors {group.separate[key]!r} and {name!r} claim the same weight")
-            group.separate[key] = name
-        elif match := _FUSED.fullmatch(name):
-            group = layers.setdefault(int(match["layer"]), {}).setdefault(match["stem"], _Group())
+        match = _SEPARATE.fullmatch(name) or _FUSED.fullmatch(name) or _BESIDE.fullmatch(name)
+        match = match or _FUSED_SCALE.fullmatch(name)
+        if not match:
+            continue
+        group = layers.setdefault(int(match["layer"]), {}).setdefault(match["stem"], Group())
+        if match.re is _FUSED:
             group.fused[match["role"]] = name
+        elif match.re is _FUSED_SCALE:
+            group.fused_scales[match["role"]] = name
+        else:
+            same = group.separate if match.re is _SEPARATE else group.beside.setdefault(match["suffix"], {})
+            key = (int(match["expert"]), _ROLE[match["role"]])
+            if key in same:
+                raise WeightFileError(f"tensors {same[key]!r} and {name!r} claim the same weight")
+            same[key] = name
     return layers
 
 

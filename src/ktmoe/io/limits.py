@@ -11,3 +11,10 @@ MAX_NAME_CHARS = 1_024
 """Length of a tensor name."""
 MAX_OPEN_SHARDS = 8
 """File descriptors that one reader holds at a time."""
+MAX_GGUF_HEADER_BYTES = 256 * 2**20
+"""Metadata and tensor table of one GGUF file; a tokenizer of 262,144 tokens takes about 10 MB."""
+MAX_GGUF_KEYS = 65_536
+MAX_GGUF_STRING_BYTES = 64 * 2**20
+MAX_GGUF_STRINGS = 4 * 2**20
+"""Strings in the arrays of one file: they have to be walked one by one, in about a microsecond each."""
+MAX_GGUF_ALIGNMENT = 2**20

@@ -8,12 +8,13 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from ..errors import WeightFileError
 from .index_json import read_index
 from .limits import MAX_OPEN_SHARDS, MAX_SHARDS, MAX_TENSORS
-from .safetensors_file import SafetensorsFile
+from .safetensors_file import FLOAT_DTYPES, SafetensorsFile, TensorEntry
 
 _SUFFIX = ".safetensors"
 _INDEX = ".safetensors.index.json"
@@ -110,6 +111,16 @@ class SafetensorsDir:
         self._open.move_to_end(shard)
         return file
 
-    def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
+    def entry(self, name: str) -> TensorEntry:
+        """See `SafetensorsFile.entry`."""
+        return self.file_of(name).entry(name)
+
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        index: int | None = None,
+        dtypes: Mapping[str, torch.dtype] = FLOAT_DTYPES,
+    ) -> Tensor:
         """See `SafetensorsFile.read`."""
-        return self.file_of(name).read(name, shape, index)
+        return self.file_of(name).read(name, shape, index, dtypes)

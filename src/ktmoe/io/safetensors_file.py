@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from .index_json import check_tensor_name, open_regular, parse_object
 from .limits import MAX_HEADER_BYTES, MAX_TENSORS
 
 FLOAT_DTYPES: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""The dtypes that weights are read from, by their name in the file."""
+"""The dtypes that plain weights are read from, by their name in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +112,24 @@ class SafetensorsFile:
             raise self._fail(f"tensor {name!r} is missing")
         return entry
 
-    def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        index: int | None = None,
+        dtypes: Mapping[str, torch.dtype] = FLOAT_DTYPES,
+    ) -> Tensor:
         """The tensor, or with `index` its part [index], in the dtype of the file, in memory of its own.
 
-        `shape` is what the whole tensor must have; WeightFileError for another one and for a dtype that is not
-        BF16, F16 or F32, before memory is allocated.
+        `shape` is what the whole tensor must have; WeightFileError for another one and for a dtype that is not in
+        `dtypes` (BF16, F16, F32), before memory is allocated.
         """
         entry = self.entry(name)
         if entry.shape != shape:
             raise self._fail(f"tensor {name!r}: got shape {list(entry.shape)}, expected {list(shape)}")
-        dtype = FLOAT_DTYPES.get(entry.dtype)
+        dtype = dtypes.get(entry.dtype)
         if dtype is None:
-            raise self._fail(f"tensor {name!r}: got dtype {entry.dtype}, expected {', '.join(FLOAT_DTYPES)}")
+            raise self._fail(f"tensor {name!r}: got dtype {entry.dtype}, expected {', '.join(dtypes)}")
         count = 1
         for dim in shape:
             count *= dim

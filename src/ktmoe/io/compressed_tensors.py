@@ -1,0 +1,130 @@
+"""The experts of a compressed-tensors checkpoint in the format "pack-quantized", 4 bits, symmetric (Kimi-K2 and more).
+
+Of a matrix [n, k] in groups of g = 32, 64 or 128 along k:
+    .weight_packed    int32 [n, ceil(k/8)]: eight codes each, the first in the lowest four bits; code 8 is zero
+    .weight_scale     bf16, fp16 or fp32 [n, k/g], or [n, 1]: one scale a row
+    .weight_shape     int64 [2] = (n, k); optional
+In memory the int32 are, byte by byte, what the engine takes: the even k in the low nibble. Scales that are not bf16 are
+rounded to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightFileError
+from .experts import PROJECTIONS, Group, count_experts
+from .published import PublishedMatrix, blocks_along
+from .safetensors_dir import SafetensorsDir
+
+_PACKED_DTYPES = {"I32": torch.int32, "U8": torch.uint8}
+_INTEGER_DTYPES = {"I64": torch.int64, "I32": torch.int32}
+_GROUPS = (32, 64, 128)
+
+
+class CompressedTensorsSource:
+    """Reads the experts of one layer one by one; an open folder, to be closed by close() or `with`."""
+
+    kind = "int4"
+
+    def __init__(self, folder: SafetensorsDir, group: Group, layer: int, hidden: int, inter: int) -> None:
+        self._folder = folder
+        self._group = group
+        self._shapes = {"gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter)}
+        self._refuse_what_is_not_built()
+        self.n_experts = count_experts(folder, group, layer)
+        self._groups = {p: self._group_size(0, p) for p in PROJECTIONS}
+        if self._groups["gate"] != self._groups["up"]:
+            raise WeightFileError(
+                f"{folder.folder}, layer {layer}: gate has groups of {self._groups['gate']} and up of "
+                f"{self._groups['up']} weights, expected the same"
+            )
+        self.formats = (f"int4_g{self._groups['gate']}", f"int4_g{self._groups['down']}")
+        """Formats of gate/up and of down."""
+
+    def __enter__(self) -> CompressedTensorsSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._folder.close()
+
+    def read(self, expert: int) -> tuple[PublishedMatrix, ...]:
+        """gate, up [inter, hidden] and down [hidden, inter] of one expert."""
+        return tuple(self._matrix(expert, projection) for projection in PROJECTIONS)
+
+    def _refuse_what_is_not_built(self) -> None:
+        for suffix, what in (("zero_point", "asymmetric weights"), ("g_idx", "an activation order")):
+            if names := self._group.beside.get(suffix):
+                name = next(iter(names.values()))
+                raise WeightFileError(f"{self._where(name)}: {what} are not supported, only symmetric groups in order")
+
+    def _where(self, name: str) -> str:
+        return f"{self._folder.file_of(name).path}: tensor {name!r}"
+
+    def _name(self, suffix: str, expert: int, projection: str) -> str:
+        name = self._group.beside.get(suffix, {}).get((expert, projection))
+        if name is None:
+            packed = self._group.beside["packed"][expert, projection]
+            raise WeightFileError(f"{self._where(packed)}: there is no weight_{suffix} beside it")
+        return name
+
+    def _group_size(self, expert: int, projection: str) -> int:
+        """From the shape of the scales."""
+        _, k = self._shapes[projection]
+        name = self._name("scale", expert, projection)
+        shape = self._folder.entry(name).shape
+        columns = shape[1] if len(shape) == 2 else 0
+        for size in _GROUPS:
+            if columns == blocks_along(k, size):
+                return size
+        if columns == 1:
+            return max(_GROUPS)
+        raise WeightFileError(
+            f"{self._where(name)}: got shape {list(shape)}, expected one scale for each row, or for each 32, 64 or 128 "
+            f"of its {k} weights"
+        )
+
+    def _matrix(self, expert: int, projection: str) -> PublishedMatrix:
+        n, k = self._shapes[projection]
+        self._check_shape(expert, projection)
+        size = self._groups[projection]
+        return PublishedMatrix(
+            f"int4_g{size}", (self._codes(expert, projection), self._scales(expert, projection, size)), (n, k)
+        )
+
+    def _codes(self, expert: int, projection: str) -> Tensor:
+        """uint8 [n, kp/2]."""
+        n, k = self._shapes[projection]
+        name = self._name("packed", expert, projection)
+        columns = blocks_along(k, 8) if self._folder.entry(name).dtype == "I32" else blocks_along(k, 2)
+        stored = self._folder.read(name, (n, columns), dtypes=_PACKED_DTYPES).view(torch.uint8)
+        padded = blocks_along(k, self._groups[projection]) * self._groups[projection]
+        if stored.shape[1] * 2 == k == padded:
+            return stored
+        codes = torch.full((n, padded // 2), 0x88, dtype=torch.uint8)  # zeros
+        codes[:, : blocks_along(k, 2)] = stored[:, : blocks_along(k, 2)]
+        if k % 2:
+            codes[:, k // 2] = (codes[:, k // 2] & 15) | 0x80
+        return codes
+
+    def _scales(self, expert: int, projection: str, size: int) -> Tensor:
+        """bf16 [n, kp/g]."""
+        n, k = self._shapes[projection]
+        name = self._name("scale", expert, projection)
+        columns = blocks_along(k, size)
+        if self._folder.entry(name).shape == (n, 1):
+            return self._folder.read(name, (n, 1)).to(torch.bfloat16).expand(n, columns).contiguous()
+        return self._folder.read(name, (n, columns)).to(torch.bfloat16)
+
+    def _check_shape(self, expert: int, projection: str) -> None:
+        name = self._group.beside.get("shape", {}).get((expert, projection))
+        if name is None:
+            return
+        got = self._folder.read(name, (2,), dtypes=_INTEGER_DTYPES).tolist()
+        if tuple(got) != self._shapes[projection]:
+            raise WeightFileError(f"{self._where(name)}: got {got}, expected {list(self._shapes[projection])}")

@@ -1,0 +1,63 @@
+"""The weight types of GGUF, and the `gguf` package, which is imported only when one of them is used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GGUF_TYPE_OF = {"q4_0": "Q4_0", "q8_0": "Q8_0", "q4_k": "Q4_K", "q5_k": "Q5_K", "q6_k": "Q6_K", "iq4_nl": "IQ4_NL"}
+"""The formats of the engine that are GGUF's own bytes, and GGUF's names for them."""
+FLOAT_TYPES = ("F32", "F16", "BF16")
+BLOCK_WEIGHTS = {"q4_0": 32, "q8_0": 32, "q4_k": 256, "q5_k": 256, "q6_k": 256, "iq4_nl": 32}
+"""Weights of a block of each format; a row is padded with zeros to whole blocks."""
+
+
+def gguf() -> Any:
+    """The `gguf` package. ImportError that says how to install it if it is missing."""
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise ImportError(f'GGUF weights need the package gguf: pip install "ktmoe[gguf]" ({error})') from error
+
+
+def type_of(number: int) -> Any:
+    """The `GGMLQuantizationType` with this number, None for one that the installed package does not know."""
+    try:
+        return gguf().GGMLQuantizationType(number)
+    except ValueError:
+        return None
+
+
+def block_of(kind: Any) -> tuple[int, int]:
+    """(weights, bytes) of a block of this type."""
+    weights, nbytes = gguf().GGML_QUANT_SIZES[kind]
+    return int(weights), int(nbytes)
+
+
+@functools.lru_cache(maxsize=64)
+def can_dequantize(kind: Any) -> bool:
+    """True if the package has the arithmetic of this type, and not only its name."""
+    try:
+        dequantize_rows(torch.zeros(1, block_of(kind)[1], dtype=torch.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def dequantize_rows(rows: Tensor, kind: Any) -> Tensor:
+    """fp32 [n, k] from the bytes of rows, uint8 [n, bytes of a row]."""
+    with np.errstate(all="ignore"):  # a scale may be anything; NaN and Inf are passed on
+        values = gguf().quants.dequantize(rows.numpy(), kind)
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def quantize_rows(weights: Tensor, kind: Any) -> Tensor:
+    """uint8 [n, bytes of a row] from floats [n, k], k a multiple of the block."""
+    with np.errstate(all="ignore"):
+        values = gguf().quants.quantize(np.ascontiguousarray(weights.float().numpy()), kind)
+    return torch.from_numpy(np.ascontiguousarray(values).view(np.uint8))

@@ -1,0 +1,145 @@
+"""One matrix in a published weight format, as files hold it and the engine packs it, and the way to and from floats.
+
+    format              parts of a matrix [n, k]
+    bf16                bf16 [n, k]
+    int4_g{32,64,128}   uint8 [n, kp/2], low nibble: even k; bf16 scales [n, kp/g]; w = (nibble - 8) * scale
+    fp8                 uint8 [n, k], the bits of e4m3fn; fp32 scales [n, ceil(k/128)]; w = value * scale
+    q4_0 q8_0 q4_k      uint8 [n, bytes of a row], exactly as GGUF stores a row of kp
+    q5_k q6_k iq4_nl
+
+kp is k rounded up to whole groups or blocks; the weights behind k are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .gguf_types import BLOCK_WEIGHTS, GGUF_TYPE_OF, dequantize_rows, gguf, quantize_rows
+from .q4_k import quantize_q4_k
+
+FP8_BLOCK = 128
+INT4_GROUPS = {"int4_g32": 32, "int4_g64": 64, "int4_g128": 128}
+_FP8_MAX = 448.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PublishedMatrix:
+    """A matrix [n, k] in a format of the table above."""
+
+    format: str
+    parts: tuple[Tensor, ...]
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.numel() * part.itemsize for part in self.parts)
+
+
+def plain(weights: Tensor) -> PublishedMatrix:
+    """Floats [n, k] as bf16, rounded to the nearest."""
+    return PublishedMatrix("bf16", (weights.to(torch.bfloat16),), (weights.shape[0], weights.shape[1]))
+
+
+def blocks_along(k: int, block: int) -> int:
+    """Blocks that cover k weights."""
+    return -(-k // block)
+
+
+# --- quantising ---------------------------------------------------------------------------------------------------
+def _padded(weights: Tensor, block: int) -> Tensor:
+    """fp32, with zeros up to whole blocks along k."""
+    return pad(weights.float(), (0, -weights.shape[1] % block))
+
+
+def _int4(weights: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Symmetric: scale = largest / 7 in bf16, codes -7..7. A group with a weight that is not finite decodes to NaN."""
+    n = weights.shape[0]
+    groups = _padded(weights, group).view(n, -1, group)
+    scales = (groups.abs().amax(2) / 7).bfloat16()
+    scales = torch.where(torch.isfinite(groups).all(2), scales, torch.nan)
+    codes = (groups / scales.float()[..., None]).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(-8, 7)
+    return pack_nibbles((codes + 8).to(torch.uint8).view(n, -1)), scales
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 [n, k/2] from codes 0..15 [n, k]: the even k of a pair in the low nibble."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`."""
+    return torch.stack((packed & 15, packed >> 4), 2).flatten(1)
+
+
+def _fp8(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of 128 x 128: scale = largest / 448, nearest e4m3fn. A weight that is not finite becomes NaN."""
+    n, k = weights.shape
+    rows, columns = blocks_along(n, FP8_BLOCK), blocks_along(k, FP8_BLOCK)
+    tiles = pad(weights.float(), (0, -k % FP8_BLOCK, 0, -n % FP8_BLOCK))
+    tiles = tiles.view(rows, FP8_BLOCK, columns, FP8_BLOCK)
+    scales = torch.where(torch.isfinite(tiles), tiles.abs(), 0.0).amax((1, 3)) / _FP8_MAX
+    # 0 / 0 is NaN too, but a weight of a block of zeros is a zero.
+    values = torch.where(tiles == 0, 0.0, tiles / scales[:, None, :, None])
+    values = torch.where(torch.isfinite(tiles), values.clamp(-_FP8_MAX, _FP8_MAX), torch.nan)
+    codes = values.view(rows * FP8_BLOCK, -1)[:n, :k].to(torch.float8_e4m3fn).contiguous()
+    return codes.view(torch.uint8), expand_rows(scales, n)
+
+
+def expand_rows(scales: Tensor, n: int) -> Tensor:
+    """fp32 [n, blocks of k] from the scales of 128 x 128 blocks."""
+    return scales.float().repeat_interleave(FP8_BLOCK, 0)[:n].contiguous()
+
+
+def _gguf(weights: Tensor, format: str) -> tuple[Tensor]:
+    padded = _padded(weights, BLOCK_WEIGHTS[format])
+    if format == "q4_k":
+        return (quantize_q4_k(padded),)
+    return (quantize_rows(padded, gguf().GGMLQuantizationType[GGUF_TYPE_OF[format]]),)
+
+
+_QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "bf16": lambda weights: (weights.to(torch.bfloat16),),
+    "int4_g32": lambda weights: _int4(weights, 32),
+    "int4_g64": lambda weights: _int4(weights, 64),
+    "int4_g128": lambda weights: _int4(weights, 128),
+    "fp8": _fp8,
+    "q8_0": lambda weights: _gguf(weights, "q8_0"),
+    "q4_0": lambda weights: _gguf(weights, "q4_0"),
+    "q4_k": lambda weights: _gguf(weights, "q4_k"),
+}
+
+
+def quantize(weights: Tensor, format: str) -> PublishedMatrix:
+    """Floats [n, k] in `format`. NotImplementedError for a format that is only ever read from files."""
+    if format not in _QUANTIZERS:
+        raise NotImplementedError(f"Weights cannot be quantised to {format}, only to {', '.join(_QUANTIZERS)}")
+    with torch.no_grad():
+        return PublishedMatrix(format, _QUANTIZERS[format](weights), (weights.shape[0], weights.shape[1]))
+
+
+# --- and back -----------------------------------------------------------------------------------------------------
+def dequantize(matrix: PublishedMatrix) -> Tensor:
+    """fp32 [n, k]: the weights that the format stands for."""
+    n, k = matrix.shape
+    if matrix.format == "bf16":
+        return matrix.parts[0].float()
+    if matrix.format in INT4_GROUPS:
+        packed, scales = matrix.parts
+        codes = unpack_nibbles(packed).float() - 8
+        return (codes.view(n, scales.shape[1], -1) * scales.float()[..., None]).view(n, -1)[:, :k].contiguous()
+    if matrix.format == "fp8":
+        bits, scales = matrix.parts
+        return bits.view(torch.float8_e4m3fn).float() * scales.repeat_interleave(FP8_BLOCK, 1)[:, :k]
+    kind = gguf().GGMLQuantizationType[GGUF_TYPE_OF[matrix.format]]
+    return dequantize_rows(matrix.parts[0], kind)[:, :k].contiguous()
+
+
+def convert(matrix: PublishedMatrix, format: str) -> PublishedMatrix:
+    """The matrix itself if it has this format already, else through floats."""
+    return matrix if matrix.format == format else quantize(dequantize(matrix), format)
