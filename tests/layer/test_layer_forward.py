@@ -1,4 +1,4 @@
-"""The whole layer against float64 on the weights that the kernels really use: each row within the rounding of its operands."""
+"""The whole layer against float64 on the weights that the kernels really use, row by row."""
 
 import pytest
 import torch
