@@ -40,8 +40,17 @@ bf16* forward_out(const char* function, const MoeLayer& layer, const ForwardArgs
 namespace {
 
 std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<ThreadPool> pool, int n_experts, int top_k, int hidden, int inter,
-                                     const std::string& format, const std::string& isa, int chunk_tokens, std::optional<InArray> on_gpu) {
-  MoeConfig config{n_experts, top_k, hidden, inter, format_from_name(format), isa_from_name(isa), chunk_tokens, {}};
+                                     const std::string& format, const std::string& isa, int chunk_tokens, std::optional<InArray> on_gpu,
+                                     const std::string& activation, float swiglu_limit, float swiglu_alpha) {
+  MoeConfig config{n_experts,
+                   top_k,
+                   hidden,
+                   inter,
+                   format_from_name(format),
+                   isa_from_name(isa),
+                   chunk_tokens,
+                   {},
+                   Activation::from_name(activation, swiglu_limit, swiglu_alpha)};
   config.validate();
   if (on_gpu) {
     TensorArg<InArray> mask("MoeLayer", "on_gpu", *on_gpu);
@@ -51,23 +60,46 @@ std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<ThreadPool> pool, int n_exp
   return std::make_shared<MoeLayer>(std::move(pool), std::move(config));
 }
 
-void load_expert(MoeLayer& layer, int expert, const InArray& gate, const InArray& up, const InArray& down) {
-  const int hidden = layer.config().hidden, inter = layer.config().inter;
-  TensorArg<InArray> g("load_expert", "gate", gate), u("load_expert", "up", up), d("load_expert", "down", down);
-  g.dtype({Dtype::bf16}).shape({inter, hidden}).contiguous();
-  u.dtype({Dtype::bf16}).shape({inter, hidden}).contiguous();
-  d.dtype({Dtype::bf16}).shape({hidden, inter}).contiguous();
-  const WithoutGil nogil;
-  layer.load_expert(expert, g.data<bf16>(), u.data<bf16>(), d.data<bf16>());
+// Gate matrices are given exactly where the activation has a gate.
+template <class Array>
+void check_gate(const char* function, const std::optional<Array>& gate, bool gated) {
+  require(gate.has_value() == gated, ErrorKind::type, "[", function, "] gate: got ", gate ? "an array" : "None", ", expected ",
+          gated ? "an array" : "None: the activation has no gate");
 }
 
-void dequantize_expert(const MoeLayer& layer, int expert, const OutArray& gate, const OutArray& up, const OutArray& down) {
+// The data of a dense matrix or vector, null if there is none.
+template <class T, class Array>
+auto* data_of(const char* function, const char* name, const std::optional<Array>& array, Dtype dtype,
+              std::initializer_list<std::int64_t> shape) {
+  if (!array) return decltype(TensorArg<Array>(function, name, *array).template data<T>()){nullptr};
+  return TensorArg<Array>(function, name, *array).dtype({dtype}).shape(shape).contiguous().template data<T>();
+}
+
+using MaybeIn = std::optional<InArray>;
+
+void load_expert(MoeLayer& layer, int expert, const MaybeIn& gate, const MaybeIn& up, const MaybeIn& down, const MaybeIn& gate_bias,
+                 const MaybeIn& up_bias, const MaybeIn& down_bias) {
+  constexpr const char* kName = "load_expert";
   const int hidden = layer.config().hidden, inter = layer.config().inter;
-  TensorArg<OutArray> g("dequantize_expert", "gate", gate), u("dequantize_expert", "up", up), d("dequantize_expert", "down", down);
-  g.dtype({Dtype::fp32}).shape({inter, hidden}).contiguous();
+  check_gate(kName, gate, layer.config().activation.gated());
+  const bf16* g = data_of<bf16>(kName, "gate", gate, Dtype::bf16, {inter, hidden});
+  const bf16* u = data_of<bf16>(kName, "up", up, Dtype::bf16, {inter, hidden});
+  const bf16* d = data_of<bf16>(kName, "down", down, Dtype::bf16, {hidden, inter});
+  const Biases biases{data_of<float>(kName, "gate_bias", gate_bias, Dtype::fp32, {inter}),
+                      data_of<float>(kName, "up_bias", up_bias, Dtype::fp32, {inter}),
+                      data_of<float>(kName, "down_bias", down_bias, Dtype::fp32, {hidden})};
+  const WithoutGil nogil;
+  layer.load_expert(expert, g, u, d, biases);
+}
+
+void dequantize_expert(const MoeLayer& layer, int expert, const std::optional<OutArray>& gate, const OutArray& up, const OutArray& down) {
+  const int hidden = layer.config().hidden, inter = layer.config().inter;
+  TensorArg<OutArray> u("dequantize_expert", "up", up), d("dequantize_expert", "down", down);
+  check_gate("dequantize_expert", gate, layer.config().activation.gated());
+  float* g = data_of<float>("dequantize_expert", "gate", gate, Dtype::fp32, {inter, hidden});
   u.dtype({Dtype::fp32}).shape({inter, hidden}).contiguous();
   d.dtype({Dtype::fp32}).shape({hidden, inter}).contiguous();
-  layer.dequantize(expert, g.data<float>(), u.data<float>(), d.data<float>());
+  layer.dequantize(expert, g, u.data<float>(), d.data<float>());
 }
 
 void forward(const MoeLayer& layer, const InArray& hidden, const InArray& ids, const InArray& weights, const OutArray& out,
@@ -104,10 +136,12 @@ void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& g
   }
   if (lora_grads) {
     require(lora != nullptr, ErrorKind::runtime, "LoRA weights not initialized: [backward] lora_grads need an adapter");
-    require(lora_grads->size() == 6, ErrorKind::value, "[backward] lora_grads: got ", lora_grads->size(), " arrays, expected 6");
-    for (std::size_t i = 0; i < 6; ++i) {
+    const std::size_t first = lora->gated ? kGateA : kUpA;
+    require(lora_grads->size() == 6 - first, ErrorKind::value, "[backward] lora_grads: got ", lora_grads->size(), " arrays, expected ",
+            6 - first);
+    for (std::size_t i = first; i < 6; ++i) {
       const auto [rows, columns] = lora->shape(static_cast<LoraTensor>(i));
-      TensorArg<OutArray> g("backward", "lora_grads", (*lora_grads)[i]);
+      TensorArg<OutArray> g("backward", "lora_grads", (*lora_grads)[i - first]);
       grads.lora[i] = g.dtype({Dtype::fp32}).shape({c.n_experts, rows, columns}).contiguous().data<float>();
     }
   }
@@ -115,14 +149,18 @@ void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& g
   layer.backward(cache, {dy.data<bf16>(), dy.stride(0)}, lora, grads);
 }
 
-void update_lora(LoraAdapter& lora, ThreadPool& pool, const InArray& gate_a, const InArray& gate_b, const InArray& up_a,
-                 const InArray& up_b, const InArray& down_a, const InArray& down_b) {
-  const InArray* arrays[6] = {&gate_a, &gate_b, &up_a, &up_b, &down_a, &down_b};
+void update_lora(LoraAdapter& lora, ThreadPool& pool, const MaybeIn& gate_a, const MaybeIn& gate_b, const MaybeIn& up_a,
+                 const MaybeIn& up_b, const MaybeIn& down_a, const MaybeIn& down_b) {
+  const MaybeIn* arrays[6] = {&gate_a, &gate_b, &up_a, &up_b, &down_a, &down_b};
   static constexpr const char* names[6] = {"gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b"};
-  std::array<StridedTensor, 6> tensors;
+  std::array<StridedTensor, 6> tensors{};
   for (std::size_t i = 0; i < 6; ++i) {
+    const bool exists = lora.has(static_cast<LoraTensor>(i));
+    require(arrays[i]->has_value() == exists, ErrorKind::type, "[LoraAdapter.update] ", names[i], ": got ",
+            exists ? "None, expected an array" : "an array, expected None: this adapter has no gate");
+    if (!exists) continue;
     const auto [rows, columns] = lora.shape(static_cast<LoraTensor>(i));
-    TensorArg<InArray> t("LoraAdapter.update", names[i], *arrays[i]);
+    TensorArg<InArray> t("LoraAdapter.update", names[i], **arrays[i]);
     t.dtype({Dtype::bf16, Dtype::fp32}).shape({lora.n_experts, rows, columns});
     tensors[i] = {t.data<void>(), t.is(Dtype::fp32), {t.stride(0), t.stride(1), t.stride(2)}};
   }
@@ -134,10 +172,10 @@ void update_lora(LoraAdapter& lora, ThreadPool& pool, const InArray& gate_a, con
 
 void init_layer(nb::module_& m) {
   nb::class_<LoraAdapter>(m, "LoraAdapter")
-      .def(nb::init<int, int, int, int, float>(), nb::arg("n_experts"), nb::arg("hidden"), nb::arg("inter"), nb::arg("rank"),
-           nb::arg("scaling"))
-      .def("update", &update_lora, nb::arg("pool"), nb::arg("gate_a"), nb::arg("gate_b"), nb::arg("up_a"), nb::arg("up_b"),
-           nb::arg("down_a"), nb::arg("down_b"))
+      .def(nb::init<int, int, int, int, float, bool>(), nb::arg("n_experts"), nb::arg("hidden"), nb::arg("inter"), nb::arg("rank"),
+           nb::arg("scaling"), nb::arg("gated") = true)
+      .def("update", &update_lora, nb::arg("pool"), nb::arg("gate_a").none(), nb::arg("gate_b").none(), nb::arg("up_a").none(),
+           nb::arg("up_b").none(), nb::arg("down_a").none(), nb::arg("down_b").none())
       .def_ro("rank", &LoraAdapter::rank)
       .def_ro("scaling", &LoraAdapter::scaling)
       .def_prop_ro("version", &LoraAdapter::version);
@@ -146,14 +184,16 @@ void init_layer(nb::module_& m) {
       .def_ro("n_tokens", &ForwardCache::n_tokens);
   nb::class_<MoeLayer>(m, "MoeLayer")
       .def(nb::new_(&make_layer), nb::arg("pool"), nb::arg("n_experts"), nb::arg("top_k"), nb::arg("hidden"), nb::arg("inter"),
-           nb::arg("format"), nb::arg("isa") = "", nb::arg("chunk_tokens") = 0, nb::arg("on_gpu").none() = nb::none())
-      .def("load_expert", &load_expert, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"))
+           nb::arg("format"), nb::arg("isa") = "", nb::arg("chunk_tokens") = 0, nb::arg("on_gpu").none() = nb::none(),
+           nb::arg("activation") = "silu", nb::arg("swiglu_limit") = 0.0f, nb::arg("swiglu_alpha") = 0.0f)
+      .def("load_expert", &load_expert, nb::arg("expert"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
+           nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(), nb::arg("down_bias").none() = nb::none())
       .def_prop_ro("loaded", &MoeLayer::loaded)
       .def("unload", &MoeLayer::unload)
       .def_prop_ro("packed_bytes", &MoeLayer::packed_bytes)
       .def_prop_ro("isa", [](const MoeLayer& l) { return std::string(isa_name(l.config().isa)); })
       .def_prop_ro("format", [](const MoeLayer& l) { return std::string(format_info(l.config().format).name); })
-      .def("dequantize_expert", &dequantize_expert, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"))
+      .def("dequantize_expert", &dequantize_expert, nb::arg("expert"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"))
       .def("forward", &forward, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("lora").none() = nb::none())
       .def("forward_train", &forward_train, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),
            nb::arg("lora").none() = nb::none())

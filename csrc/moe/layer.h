@@ -26,7 +26,7 @@ struct Gradients {  // every pointer may be null
   bf16* input16;    // [n_tokens][hidden], or
   float* input32;
   float* weights;                // [n_tokens][top_k]
-  std::array<float*, 6> lora{};  // [n_experts][...] in the order of LoraTensor; all or none
+  std::array<float*, 6> lora{};  // [n_experts][...] in the order of LoraTensor; all that exist, or none
 };
 
 class MoeLayer {
@@ -37,8 +37,8 @@ class MoeLayer {
   const KernelTable& kernels() const { return kernels_; }
   ThreadPool& pool() const { return *pool_; }
 
-  // gate, up [inter][hidden], down [hidden][inter], dense.
-  void load_expert(int expert, const bf16* gate, const bf16* up, const bf16* down);
+  // gate, up [inter][hidden], down [hidden][inter], dense; gate is null where the activation has none. All experts have biases or none.
+  void load_expert(int expert, const bf16* gate, const bf16* up, const bf16* down, const Biases& biases = {});
   bool loaded() const { return missing_ == 0; }
   void unload();
   std::size_t packed_bytes() const;
@@ -55,6 +55,9 @@ class MoeLayer {
   void check_ready(const char* function, const LoraAdapter* lora) const;
   int tokens_per_pass() const;
   std::size_t expert_offset(int e) const;
+  std::size_t bias_floats() const;
+  void check_biases(int expert, const Biases& biases) const;
+  void store_biases(int expert, const Biases& biases);
 
   const std::uint64_t serial_ = next_serial_number();
   const std::shared_ptr<ThreadPool> pool_;
@@ -64,6 +67,7 @@ class MoeLayer {
   const std::size_t expert_bytes_;
   std::vector<int> slot_;          // [n_experts] position in `data_`, -1 on the GPU
   AlignedBuffer data_;             // touched, and so paid for, expert by expert
+  AlignedBuffer biases_;           // fp32 [slots][bias_floats()], or empty
   std::vector<std::uint8_t> has_;  // [n_experts]
   int missing_ = 0;
 };

@@ -64,8 +64,9 @@ struct Results {
   std::vector<std::int8_t> x8;
   std::vector<float> scale, forward, backward, outer, combined;
   std::vector<bf16> h, gate_up, dgate_up;
-  std::vector<float> dot;
+  std::vector<float> dot, biased;
 };
+const Activation kActivations[] = {{}, {Activation::silu, 2.0f}, {Activation::oai, 3.0f, 1.702f}, {Activation::gelu_tanh}, {Activation::relu2}};
 
 Results run(const KernelTable& k, WeightFormat format, int m, int n, int kk) {
   random_bits.seed(7);

@@ -19,6 +19,7 @@ namespace avx512 {
 #include "kernels/mac-inl.h"
 #include "kernels/gemm-inl.h"
 #include "kernels/elementwise-inl.h"
+#include "kernels/activation-inl.h"
 #include "kernels/table-inl.h"
 // clang-format on
 constexpr KernelTable table = make_table<VectorGemm<Vec, Int8PairDot<Vec>>, Vec>(Isa::avx512, 96);

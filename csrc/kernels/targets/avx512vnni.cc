@@ -20,6 +20,7 @@ namespace avx512vnni {
 #include "kernels/mac-inl.h"
 #include "kernels/gemm-inl.h"
 #include "kernels/elementwise-inl.h"
+#include "kernels/activation-inl.h"
 #include "kernels/table-inl.h"
 // clang-format on
 constexpr KernelTable table = make_table<VectorGemm<VnniVec, Int8VnniDot<VnniVec>>, VnniVec>(Isa::avx512vnni, 96);
