@@ -20,6 +20,7 @@ MAX_DIM = 65_536
 """Bound on hidden and inter: an int32 sum of 65,536 products u8*s8 cannot overflow."""
 MAX_EXPERTS = 65_536
 MAX_RANK = 4_096
+ACTIVATIONS = ("silu", "gelu_tanh", "relu2")
 _MAX_COUNT = 2**31 - 1
 
 
@@ -76,6 +77,12 @@ class MoEConfig:
     numa_nodes: Sequence[int] | None = None
     swiglu_limit: float = 0.0
     swiglu_alpha: float = 0.0
+    activation: str = "silu"
+
+    @property
+    def gated(self) -> bool:
+        """False: the experts have no gate, h comes from up alone."""
+        return self.activation != "relu2"
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -102,6 +109,7 @@ class MoEConfig:
             put("weight_path", os.fspath(self.weight_path))
         except TypeError:
             raise TypeError(f"weight_path: got {self.weight_path!r}, expected the path of a folder") from None
+        self._check_activation(put)
         self._check_unbuilt()
 
     def _check_gpu(self, put: Any, prefix: int) -> None:
@@ -124,6 +132,19 @@ class MoEConfig:
         put("numa_nodes", nodes)
         put("threadpool_count", count)
 
+    def _check_activation(self, put: Any) -> None:
+        if not isinstance(self.activation, str):
+            raise TypeError(f"activation: got {self.activation!r}, expected a string")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: got {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        for name in ("swiglu_limit", "swiglu_alpha"):
+            value = _number(name, getattr(self, name))
+            if value < 0:
+                raise ValueError(f"{name}: got {value}, expected 0.0 or more")
+            if value and self.activation != "silu":
+                raise ValueError(f"{name}: got {value} with activation={self.activation!r}, expected 0.0")
+            put(name, value)
+
     def _check_unbuilt(self) -> None:
         """Accepted by the signature for the sake of its clients, but no code behind it yet."""
         if not isinstance(self.cpu_save, bool):
@@ -136,10 +157,6 @@ class MoEConfig:
                 raise NotImplementedError(
                     f"max_deferred_experts_per_token={deferred} is not implemented yet: pass None or 0"
                 )
-        for name in ("swiglu_limit", "swiglu_alpha"):
-            value = _number(name, getattr(self, name))
-            if value != 0.0:
-                raise NotImplementedError(f"{name}={value} is not implemented yet: pass 0.0 (plain SwiGLU)")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,12 @@ class KTMoEWrapper(BaseMoEWrapper):
     lora_rank (1..4096, tuned for up to 256), lora_alpha, max_cache_depth: only with mode="sft". The LoRA term is scaled
         by lora_alpha / lora_rank; max_cache_depth forwards may wait for their backward.
     gpu_experts_mask: bool [num_experts], which experts are on the GPU; wins over num_gpu_experts.
-    numa_nodes: the NUMA node of each sub-pool. swiglu_limit, swiglu_alpha: only 0.0 so far.
+    numa_nodes: the NUMA node of each sub-pool.
+    activation: what an expert does with g = gate(x) and u = up(x) before its down projection.
+        "silu": h = g * sigmoid(g) * u. swiglu_limit > 0 clamps first: g <= limit, -limit <= u <= limit. swiglu_alpha > 0
+        makes it h = g * sigmoid(alpha * g) * (u + 1), as GPT-OSS and MiniMax-M3 have it (with a limit or without).
+        "gelu_tanh": h = gelu(g, tanh approximation) * u. "relu2": h = max(u, 0)^2, experts without a gate: gate is None
+        wherever matrices or LoRA tensors are given.
 
     ValueError for an unknown mode, a method of the other mode, and a value out of range; TypeError for a wrong type;
     NotImplementedError for what is not built yet.
@@ -71,6 +76,7 @@ class KTMoEWrapper(BaseMoEWrapper):
         numa_nodes: Sequence[int] | None = None,
         swiglu_limit: float = 0.0,
         swiglu_alpha: float = 0.0,
+        activation: str = "silu",
     ) -> BaseMoEWrapper:
         row = resolve(method, mode)
         config = MoEConfig(
@@ -90,6 +96,7 @@ class KTMoEWrapper(BaseMoEWrapper):
             numa_nodes=numa_nodes,
             swiglu_limit=swiglu_limit,
             swiglu_alpha=swiglu_alpha,
+            activation=activation,
         )
         if row.mode == "sft":
             return AMXSFTMoEWrapper(config, row, SFTConfig(lora_rank, lora_alpha, max_cache_depth))

@@ -61,6 +61,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    # Biases, OAI SwiGLU, transposed stacks in which gate and up alternate.
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": INTER,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.5,
+        },
+    ),
+    # No gate: relu(up)^2.
+    "nemotron_h": (
+        "NemotronH",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "layers_block_type": ["attention", "moe", "attention", "moe"],
+            "moe_intermediate_size": INTER,
+            "moe_shared_expert_intermediate_size": INTER,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
 
 

@@ -35,7 +35,13 @@ def test_signature_is_the_specified_one() -> None:
     }
     assert {name: defaults[name] for name in specified} == specified
     keyword_only = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert keyword_only == {"gpu_experts_mask": None, "numa_nodes": None, "swiglu_limit": 0.0, "swiglu_alpha": 0.0}
+    assert keyword_only == {
+        "gpu_experts_mask": None,
+        "numa_nodes": None,
+        "swiglu_limit": 0.0,
+        "swiglu_alpha": 0.0,
+        "activation": "silu",
+    }
 
 
 @pytest.mark.parametrize("row", [m for m in METHODS.values() if m.implemented], ids=lambda m: m.name)
@@ -147,8 +153,10 @@ BAD = [
     ("gpu_experts_mask", torch.zeros(5), TypeError),
     ("numa_nodes", [0, 0], ValueError),
     ("numa_nodes", [-1], ValueError),
-    ("swiglu_limit", 7.0, NotImplementedError),
-    ("swiglu_alpha", 1.7, NotImplementedError),
+    ("swiglu_limit", -7.0, ValueError),
+    ("swiglu_alpha", -1.7, ValueError),
+    ("activation", "gelu", ValueError),
+    ("activation", None, TypeError),
     ("swiglu_limit", float("nan"), ValueError),
     ("swiglu_limit", "0", TypeError),
 ]
