@@ -51,16 +51,21 @@ struct Activations {
     static F factor(F u) { return u; }
   };
 
-  // The limits of the clamp. min and max take the second operand if either is NaN: NaN goes through.
+  // The clamp. min and max take the second operand if either is NaN: NaN goes through.
   struct Clamp {
-    explicit Clamp(const Activation& a) : high(V::set(a.limit)), low(V::set(-a.limit)) {}
+    explicit Clamp(const Activation& a) : high(V::set(a.limit)), low(V::set(-a.limit)), kept_high(V::set(to_float(to_bf16(a.limit)))) {}
     F gate(F g) const { return V::min(high, g); }
     F up(F u) const { return V::min(high, V::max(low, u)); }
-    // 1 where the clamp leaves a value as it is, 0 where it holds it: made of the sign of limit - x.
-    F gate_slope(F g) const { return not_above(g); }
-    F up_slope(F u) const { return not_above(V::abs(u)); }
-    F not_above(F x) const { return V::to_f(V::add_i(V::template sar<31>(V::as_i(V::sub(high, x))), V::set_i(1))); }
-    const F high, low;
+    // What the way back gets to see: a value that the clamp holds is moved outwards, or its rounding to bf16 might end on the limit.
+    F kept_gate(F g) const { return outwards(g, g); }
+    F kept_up(F u) const { return outwards(u, V::abs(u)); }
+    F outwards(F x, F size) const { return V::add(x, V::mul(x, V::mul(V::sub(V::set(1.0f), within(size, high)), V::set(0.0078125f)))); }
+    // 1 where the clamp left a kept value as it is, 0 where it held it.
+    F gate_slope(F g) const { return within(g, kept_high); }
+    F up_slope(F u) const { return within(V::abs(u), kept_high); }
+    // 1 where x <= limit, else 0: made of the sign of limit - x.
+    static F within(F x, F limit) { return V::to_f(V::add_i(V::template sar<31>(V::as_i(V::sub(limit, x))), V::set_i(1))); }
+    const F high, low, kept_high;
   };
 
   template <class Gate>
@@ -73,8 +78,8 @@ struct Activations {
         const F g0 = V::load(c + r * kPanelColumns), u0 = V::load(c + r * kPanelColumns + 16), g = clamp.gate(g0);
         V::store_bf16(h + r * ld_h + 16 * p, V::mul(V::mul(g, sigmoid(gate.q(g))), Gate::factor(clamp.up(u0))));
         if (!gate_up) continue;
-        V::store_bf16(gate_up + r * ld_gate_up + kPanelColumns * p, g0);
-        V::store_bf16(gate_up + r * ld_gate_up + kPanelColumns * p + 16, u0);
+        V::store_bf16(gate_up + r * ld_gate_up + kPanelColumns * p, clamp.kept_gate(g0));
+        V::store_bf16(gate_up + r * ld_gate_up + kPanelColumns * p + 16, clamp.kept_up(u0));
       }
   }
 

@@ -72,7 +72,8 @@ struct KernelTable {
   // --- elementwise ---
   // C block p gets bias[32p + i] added to column i of its m rows.
   void (*add_bias)(float* c, int m, int n_blocks, const float* bias);
-  // h of C blocks of gate/up, bf16: h_per_panel() columns a block. gate_up (or null) receives gate and up as bf16 in panel order.
+  // h of C blocks of gate/up, bf16: h_per_panel() columns a block. gate_up (or null) receives gate and up as bf16 in panel
+  // order, those that the clamp holds moved beyond the limit.
   void (*activate)(const Activation&, const float* c, int m, int n_panels, bf16* h, std::ptrdiff_t ld_h, bf16* gate_up,
                    std::ptrdiff_t ld_gate_up);
   // Backward of activate for n_panels panels, given dH~ (gradient of h before the routing weight) in C blocks of 32 columns of h:

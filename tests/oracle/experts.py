@@ -64,24 +64,16 @@ class Activation:
     def arguments(self) -> tuple[str, float, float]:
         return self.name, self.limit, self.alpha
 
-    def __call__(self, gate: torch.Tensor | None, up: torch.Tensor, rounding: Rounding = EXACT) -> torch.Tensor:
+    def __call__(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
         if gate is None:
             return up.clamp(min=0) ** 2
         if self.limit:
-            gate = clamp(gate, -torch.inf, self.limit, rounding)
-            up = clamp(up, -self.limit, self.limit, rounding)
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         if self.name == "gelu_tanh":
             return torch.nn.functional.gelu(gate, approximate="tanh") * up
         if self.alpha:
             return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
         return gate * torch.sigmoid(gate) * up
-
-
-def clamp(x: torch.Tensor, low: float, high: float, rounding: Rounding) -> torch.Tensor:
-    """The gradient asks the values as they are kept for the backward whether they are inside."""
-    kept = rounding.stored(x).detach()
-    inside = ((kept >= low) & (kept <= high)).to(x.dtype)
-    return inside * (x - x.detach()) + x.detach().clamp(low, high)
 
 
 SILU = Activation()
@@ -122,7 +114,7 @@ def expert_forward(
         bias = biases[which] if biases else None
         return out if bias is None else out + bias
 
-    return project(rounding.stored(activation(project(x, 0), project(x, 1), rounding)), 2)
+    return project(rounding.stored(activation(project(x, 0), project(x, 1))), 2)
 
 
 def layer_forward(
