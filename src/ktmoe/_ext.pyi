@@ -158,7 +158,8 @@ class MoeLayer:
         lora: LoraAdapter | None,
         grad_in: Array | None,  # out: [n_tokens, hidden] bf16 or fp32
         grad_weights: Array | None,  # out: [n_tokens, top_k] fp32
-        lora_grads: list[Array] | None,  # out: fp32 C-contiguous arrays of the shapes in LoraAdapter.update, those not None
+        lora_grads: list[Array]
+        | None,  # out: fp32 C-contiguous arrays of the shapes in LoraAdapter.update, those not None
     ) -> None:
         """Writes (overwrites) every output given. A cache may be used more than once.
         RuntimeError "LoRA weights changed ..." if `lora` was updated since the forward."""

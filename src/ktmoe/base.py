@@ -138,8 +138,8 @@ class BaseMoEWrapper:
         """Loads (quantises) this layer's experts from tensors, which are not needed afterwards.
 
         gate, up: bf16 CPU [n, inter, hidden]; down: bf16 CPU [n, hidden, inter]; n = num_experts unless a map is given.
-        gate is None for activation="relu2". gate_bias, up_bias [n, inter], down_bias [n, hidden]: bf16 or fp32; one that
-        is missing beside others counts as zeros.
+        gate is None for activation="relu2". gate_bias, up_bias [n, inter], down_bias [n, hidden]: bf16 or fp32; one
+        that is missing beside others counts as zeros.
         physical_to_logical_map: as in `load_weights`. TypeError or ValueError before anything is changed.
         """
         first = up if gate is None else gate

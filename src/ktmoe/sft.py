@@ -23,7 +23,7 @@ GRAD_NAMES = tuple(f"grad_{name}" for name in LORA_NAMES)
 
 
 class LoraGrads(dict[str, Tensor]):
-    """The LoRA gradients of one backward, fp32, under the names `GRAD_NAMES`: six, or four for experts without a gate."""
+    """The LoRA gradients of one backward, fp32, under the names `GRAD_NAMES`: six, or the last four without a gate."""
 
     grad_topk_weights: Tensor
     """Gradient of the routing weights: fp32, shaped like the weights of the forward."""

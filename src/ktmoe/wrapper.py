@@ -41,10 +41,10 @@ class KTMoEWrapper(BaseMoEWrapper):
     gpu_experts_mask: bool [num_experts], which experts are on the GPU; wins over num_gpu_experts.
     numa_nodes: the NUMA node of each sub-pool.
     activation: what an expert does with g = gate(x) and u = up(x) before its down projection.
-        "silu": h = g * sigmoid(g) * u. swiglu_limit > 0 clamps first: g <= limit, -limit <= u <= limit. swiglu_alpha > 0
-        makes it h = g * sigmoid(alpha * g) * (u + 1), as GPT-OSS and MiniMax-M3 have it (with a limit or without).
-        "gelu_tanh": h = gelu(g, tanh approximation) * u. "relu2": h = max(u, 0)^2, experts without a gate: gate is None
-        wherever matrices or LoRA tensors are given.
+        "silu": h = g * sigmoid(g) * u. swiglu_limit > 0 clamps first: g <= limit, -limit <= u <= limit.
+        swiglu_alpha > 0 makes it h = g * sigmoid(alpha * g) * (u + 1), with a limit or without (GPT-OSS, MiniMax-M3).
+        "gelu_tanh": h = gelu(g, tanh approximation) * u.
+        "relu2": h = max(u, 0)^2. These experts have no gate: gate is None wherever matrices or LoRA tensors are given.
 
     ValueError for an unknown mode, a method of the other mode, and a value out of range; TypeError for a wrong type;
     NotImplementedError for what is not built yet.

@@ -1,4 +1,4 @@
-"""Activations and biases of the whole layer: each row within 2^-7 of float64; what may be given, and when it is dropped."""
+"""Activations and biases of the whole layer: each row within 2^-7 of float64; what may be given, when it is dropped."""
 
 import pytest
 import torch
@@ -67,7 +67,9 @@ def test_biases_belong_to_their_expert() -> None:
     to_one = (x.ids == 1).any(dim=1)
     assert_same(layer.forward(x)[~to_one], before[~to_one], "the other expert")
     assert (layer.forward(x)[to_one] != before[to_one]).any(dim=1).all()
-    with pytest.raises(ValueError, match="biases of expert 1: got none, expected some as for the experts loaded before"):
+    with pytest.raises(
+        ValueError, match="biases of expert 1: got none, expected some as for the experts loaded before"
+    ):
         layer.engine.load_expert(1, *weights[1])
     with pytest.raises(ValueError, match="biases of expert 0: got some, expected none"):
         plain.engine.load_expert(0, *weights[0], *biases[0])
@@ -95,7 +97,9 @@ def test_biases_are_checked() -> None:
 def test_gates_are_given_exactly_where_there_are_some() -> None:
     ungated, gated = (Layer(SMALL, "bf16", ISAS[0], activation=a) for a in (ACTIVATIONS["relu2"], SILU))
     gate, up, down = make_weights(SMALL)[0]
-    with pytest.raises(TypeError, match=r"\[load_expert\] gate: got an array, expected None: the activation has no gate"):
+    with pytest.raises(
+        TypeError, match=r"\[load_expert\] gate: got an array, expected None: the activation has no gate"
+    ):
         ungated.engine.load_expert(0, gate, up, down)
     with pytest.raises(TypeError, match=r"\[load_expert\] gate: got None, expected an array"):
         gated.engine.load_expert(0, None, up, down)

@@ -66,7 +66,8 @@ struct Results {
   std::vector<bf16> h, gradient;
   std::vector<float> dot, biased;
 };
-const Activation kActivations[] = {{}, {Activation::silu, 2.0f}, {Activation::oai, 3.0f, 1.702f}, {Activation::gelu_tanh}, {Activation::relu2}};
+const Activation kActivations[] = {
+    {}, {Activation::silu, 2.0f}, {Activation::oai, 3.0f, 1.702f}, {Activation::gelu_tanh}, {Activation::relu2}};
 
 Results run(const KernelTable& k, WeightFormat format, int m, int n, int kk) {
   random_bits.seed(7);

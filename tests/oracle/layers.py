@@ -100,9 +100,7 @@ def make_biases(shape: Shape, gated: bool = True) -> Biases:
     return [(vector(i) if gated else None, vector(i), vector(h)) for _ in range(shape.experts)]
 
 
-def make_lora(
-    shape: Shape, rank: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16, gated: bool = True
-) -> Lora:
+def make_lora(shape: Shape, rank: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16, gated: bool = True) -> Lora:
     g = torch.Generator().manual_seed(2000 + seed)
     sizes = {
         "gate": (shape.hidden, shape.inter),
@@ -187,9 +185,7 @@ class Layer:
 
     def adapter(self, lora: Lora, scaling: float = 1.0) -> "_ext.LoraAdapter":
         s = self.shape
-        adapter = _ext.LoraAdapter(
-            s.experts, s.hidden, s.inter, lora["up_a"].shape[1], scaling, self.activation.gated
-        )
+        adapter = _ext.LoraAdapter(s.experts, s.hidden, s.inter, lora["up_a"].shape[1], scaling, self.activation.gated)
         adapter.update(self.pool, *(lora.get(n) for n in LORA_NAMES))
         return adapter
 

@@ -102,9 +102,7 @@ class _NameTable:
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
         self._prefix = base_model_prefix
-        self._targets = {
-            f"{spec.name}.{name}": (spec, name) for spec in specs for name in (*spec.stacks, *spec.biases)
-        }
+        self._targets = {f"{spec.name}.{name}": (spec, name) for spec in specs for name in (*spec.stacks, *spec.biases)}
 
     def locate(self, key: str) -> list[tuple[ExpertsSpec, int, str, Piece]]:
         """Every expert matrix that tensor `key` holds; empty if it has none."""

@@ -39,7 +39,7 @@ class ExpertsSpec:
     top_k: int
     hidden: int
     inter: int
-    gate: GateFunction = GateFunction("silu")
+    gate: GateFunction
     has_bias: bool = False
     transposed: bool = False
     interleaved: bool = False

@@ -4,8 +4,8 @@ Layouts, recognised by their tensor names under any prefix:
     layers.{L}.{block}.experts.{e}.{gate,up,down}_proj.weight    Qwen, DeepSeek, OLMoE, GLM, ...
     layers.{L}.{block}.experts.{e}.{w1,w3,w2}.weight             Mixtral, MiniMax, ...
     layers.{L}.{block}.experts.{gate_up_proj,down_proj}          fused: [E, 2*inter, hidden] and [E, hidden, inter]
-        with {gate_up_proj,down_proj}_bias                       GPT-OSS: [E, hidden, 2*inter], gate and up alternating in
-                                                                 the last dimension, and [E, inter, hidden]
+        with {gate_up_proj,down_proj}_bias                       GPT-OSS: [E, hidden, 2*inter], gate and up alternating
+                                                                 in the last dimension, and [E, inter, hidden]
 Experts without a gate (Nemotron-H) have up and down alone. Biases of separate experts end in ".bias".
 """
 
@@ -25,7 +25,9 @@ from .safetensors_dir import SafetensorsDir
 _PROJECTIONS = ("gate", "up", "down")
 _ROLE = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _STEM = r"(?P<stem>(?:.*\.)?layers\.(?P<layer>[0-9]{1,6})\.(?:[A-Za-z_]+\.)?experts)\."
-_SEPARATE = re.compile(_STEM + r"(?P<expert>[0-9]{1,6})\.(?P<role>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<kind>weight|bias)")
+_SEPARATE = re.compile(
+    _STEM + r"(?P<expert>[0-9]{1,6})\.(?P<role>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<kind>weight|bias)"
+)
 _FUSED = re.compile(_STEM + r"(?P<role>(?:gate_up_proj|up_proj|down_proj)(?:_bias)?)(?:\.weight)?")
 _ANY = re.compile(_STEM + r".*")
 
@@ -82,10 +84,10 @@ class ExpertSource:
         surplus = [name for (_, role), name in self._group.separate.items() if role not in self._roles]
         if surplus:
             raise WeightFileError(f"{where}: tensor {surplus[0]!r} is a gate, but the layer has experts without one")
-        count = 1 + max(expert for expert, _ in self._group.separate)
+        count = 1 + max((expert for expert, _ in self._group.separate), default=0)
         for kind, found in (("weight", self._group.separate), ("bias", self._group.biases)):
             # The highest number comes from a name, that is from anybody: count the tensors before looking for each.
-            if found and len(found) != len(self._roles) * count:
+            if len(found) != len(self._roles) * count and (found or kind == "weight"):
                 missing = next((e, p) for e in range(count) for p in self._roles if (e, p) not in found)
                 raise WeightFileError(f"{where}: expert {missing[0]} has no {missing[1]} {kind}")
         return count
@@ -132,9 +134,7 @@ class ExpertSource:
             return ({} if gate is None else {"gate_bias": gate}) | {"up_bias": up, "down_bias": down}
         sizes = {"gate": i, "up": i, "down": h}
         names = {role: self._group.biases.get((expert, role)) for role in self._roles}
-        return {
-            f"{role}_bias": self._folder.read(name, (sizes[role],)).float() for role, name in names.items() if name
-        }
+        return {f"{role}_bias": self._folder.read(name, (sizes[role],)).float() for role, name in names.items() if name}
 
 
 def open_experts(folder: str, layer: int, hidden: int, inter: int, *, gated: bool = True) -> ExpertSource:
