@@ -89,6 +89,7 @@ void MoeLayer::load_expert(int e, const bf16* gate, const bf16* up, const bf16* 
     const std::size_t experts = static_cast<std::size_t>(*std::max_element(slot_.begin(), slot_.end()) + 1);
     data_ = AlignedBuffer(checked_mul(expert_bytes_, experts));
   }
+  store_biases(e, biases);  // the last thing that may run out of memory
   std::byte* at = data_.data() + expert_offset(e);
   constexpr int kUnit = 4;  // panels of one task
   const int gate_units = ceil_div(gate_up_.n_panels, kUnit), units = gate_units + ceil_div(down_.n_panels, kUnit);
@@ -103,7 +104,6 @@ void MoeLayer::load_expert(int e, const bf16* gate, const bf16* up, const bf16* 
     else
       pack_matrix(kernels_, layout, p0, p1, config_.hidden, PlainRows{up, config_.hidden, config_.inter}, at);
   });
-  store_biases(e, biases);
   if (!has_[static_cast<std::size_t>(e)]) --missing_;
   has_[static_cast<std::size_t>(e)] = 1;
 }

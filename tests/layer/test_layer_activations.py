@@ -5,7 +5,7 @@ import torch
 from oracle.bounds import row_error
 from oracle.experts import ACTIVATIONS, SILU, Activation
 from oracle.layers import Layer, Shape, assert_same, make_biases, make_inputs, make_lora, make_pool, make_weights
-from oracle.registry import BLOCK_ROWS, FORMATS, ISAS, each_activation, each_format, each_isa
+from oracle.registry import BLOCK_ROWS, FORMATS, ISAS, SCALED, each_activation, each_format, each_isa
 
 from ktmoe import _ext
 
@@ -40,6 +40,16 @@ def test_threads_and_block_size_change_no_bit(isa: str, fmt: str, activation: Ac
     x = make_inputs(shape, BLOCK_ROWS[isa] + 9, "all to one")
     outs = [Layer(shape, fmt, isa, threads, activation=activation, with_biases=True).forward(x) for threads in (1, 3)]
     assert_same(outs[0], outs[1], "threads")
+
+
+@pytest.mark.parametrize("fmt", SCALED)
+@each_activation
+def test_integer_formats_give_the_same_bits_on_every_level(fmt: str, activation: Activation) -> None:
+    shape = Shape(4, 2, 100, 70)
+    x = make_inputs(shape, 30, "mixed")
+    outs = {isa: Layer(shape, fmt, isa, activation=activation, with_biases=True).forward(x) for isa in ISAS}
+    for isa, out in outs.items():
+        assert_same(out, outs[ISAS[0]], isa)
 
 
 @each_isa

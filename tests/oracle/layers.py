@@ -173,12 +173,11 @@ class Layer:
         weights: torch.Tensor,
         lora: Lora | None = None,
         scaling: float = 1.0,
-        rounding: Rounding | None = None,
     ) -> torch.Tensor:
         """The layer in float64 torch: differentiable, on the weights that the kernels use."""
         skipped = frozenset(e for e, gpu in enumerate(self.on_gpu or []) if gpu)
         biases = None if self.biases is None else [doubled(b) for b in self.biases]
-        rounding = rounding or self.rounding
+        rounding = self.rounding
         return layer_forward(
             self.dequantized(), hidden, ids, weights, lora, scaling, rounding, skipped, self.activation, biases
         )
