@@ -43,9 +43,19 @@ namespace {
 
 std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<ThreadPool> pool, int n_experts, int top_k, int hidden, int inter,
                                      const std::string& format, const std::string& isa, int chunk_tokens, std::optional<InArray> on_gpu,
+                                     const std::string& activation, float swiglu_limit, float swiglu_alpha,
                                      const std::string& down_format) {
   const WeightFormat gate_up = format_from_name(format), down = down_format.empty() ? gate_up : format_from_name(down_format);
-  MoeConfig config{n_experts, top_k, hidden, inter, gate_up, down, isa_from_name(isa), chunk_tokens, {}};
+  MoeConfig config{n_experts,
+                   top_k,
+                   hidden,
+                   inter,
+                   gate_up,
+                   down,
+                   isa_from_name(isa),
+                   chunk_tokens,
+                   {},
+                   Activation::from_name(activation, swiglu_limit, swiglu_alpha)};
   config.validate();
   if (on_gpu) {
     TensorArg<InArray> mask("MoeLayer", "on_gpu", *on_gpu);
@@ -55,15 +65,22 @@ std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<ThreadPool> pool, int n_exp
   return std::make_shared<MoeLayer>(std::move(pool), std::move(config));
 }
 
-void load_expert(MoeLayer& layer, int expert, const InArray& gate, const InArray& up, const InArray& down) {
-  const int hidden = layer.config().hidden, inter = layer.config().inter;
-  TensorArg<InArray> g("load_expert", "gate", gate), u("load_expert", "up", up), d("load_expert", "down", down);
-  g.dtype({Dtype::bf16}).shape({inter, hidden}).contiguous();
-  u.dtype({Dtype::bf16}).shape({inter, hidden}).contiguous();
-  d.dtype({Dtype::bf16}).shape({hidden, inter}).contiguous();
-  const WithoutGil nogil;
-  layer.load_expert(expert, g.data<bf16>(), u.data<bf16>(), d.data<bf16>());
+// Gate matrices are given exactly where the activation has a gate.
+template <class Array>
+void check_gate(const char* function, const std::optional<Array>& gate, bool gated) {
+  require(gate.has_value() == gated, ErrorKind::type, "[", function, "] gate: got ", gate ? "an array" : "None", ", expected ",
+          gated ? "an array" : "None: the activation has no gate");
 }
+
+// The data of a dense matrix or vector, null if there is none.
+template <class T, class Array>
+auto* data_of(const char* function, const char* name, const std::optional<Array>& array, Dtype dtype,
+              std::initializer_list<std::int64_t> shape) {
+  if (!array) return decltype(TensorArg<Array>(function, name, *array).template data<T>()){nullptr};
+  return TensorArg<Array>(function, name, *array).dtype({dtype}).shape(shape).contiguous().template data<T>();
+}
+
+using MaybeIn = std::optional<InArray>;
 
 RawBlock raw_matrix(const char* name, const std::vector<InArray>& arrays, WeightFormat format, int n, int k) {
   const FormatInfo& info = format_info(format);
@@ -83,22 +100,44 @@ RawBlock raw_matrix(const char* name, const std::vector<InArray>& arrays, Weight
   return raw;
 }
 
-void load_expert_raw(MoeLayer& layer, int expert, const std::vector<InArray>& gate, const std::vector<InArray>& up,
-                     const std::vector<InArray>& down) {
-  const MoeConfig& c = layer.config();
-  const RawBlock g = raw_matrix("gate", gate, c.format, c.inter, c.hidden), u = raw_matrix("up", up, c.format, c.inter, c.hidden),
-                 d = raw_matrix("down", down, c.down_format, c.hidden, c.inter);
-  const WithoutGil nogil;
-  layer.load_expert_raw(expert, g, u, d);
+Biases biases_of(const char* function, const MoeConfig& c, const MaybeIn& gate, const MaybeIn& up, const MaybeIn& down) {
+  return {data_of<float>(function, "gate_bias", gate, Dtype::fp32, {c.inter}),
+          data_of<float>(function, "up_bias", up, Dtype::fp32, {c.inter}),
+          data_of<float>(function, "down_bias", down, Dtype::fp32, {c.hidden})};
 }
 
-void dequantize_expert(const MoeLayer& layer, int expert, const OutArray& gate, const OutArray& up, const OutArray& down) {
+void load_expert_raw(MoeLayer& layer, int expert, const std::optional<std::vector<InArray>>& gate, const std::vector<InArray>& up,
+                     const std::vector<InArray>& down, const MaybeIn& gate_bias, const MaybeIn& up_bias, const MaybeIn& down_bias) {
+  const MoeConfig& c = layer.config();
+  check_gate("load_expert_raw", gate, c.activation.gated());
+  const RawBlock g = gate ? raw_matrix("gate", *gate, c.format, c.inter, c.hidden) : RawBlock{};
+  const RawBlock u = raw_matrix("up", up, c.format, c.inter, c.hidden), d = raw_matrix("down", down, c.down_format, c.hidden, c.inter);
+  const Biases biases = biases_of("load_expert_raw", c, gate_bias, up_bias, down_bias);
+  const WithoutGil nogil;
+  layer.load_expert_raw(expert, g, u, d, biases);
+}
+
+void load_expert(MoeLayer& layer, int expert, const MaybeIn& gate, const MaybeIn& up, const MaybeIn& down, const MaybeIn& gate_bias,
+                 const MaybeIn& up_bias, const MaybeIn& down_bias) {
+  constexpr const char* kName = "load_expert";
   const int hidden = layer.config().hidden, inter = layer.config().inter;
-  TensorArg<OutArray> g("dequantize_expert", "gate", gate), u("dequantize_expert", "up", up), d("dequantize_expert", "down", down);
-  g.dtype({Dtype::fp32}).shape({inter, hidden}).contiguous();
+  check_gate(kName, gate, layer.config().activation.gated());
+  const bf16* g = data_of<bf16>(kName, "gate", gate, Dtype::bf16, {inter, hidden});
+  const bf16* u = data_of<bf16>(kName, "up", up, Dtype::bf16, {inter, hidden});
+  const bf16* d = data_of<bf16>(kName, "down", down, Dtype::bf16, {hidden, inter});
+  const Biases biases = biases_of(kName, layer.config(), gate_bias, up_bias, down_bias);
+  const WithoutGil nogil;
+  layer.load_expert(expert, g, u, d, biases);
+}
+
+void dequantize_expert(const MoeLayer& layer, int expert, const std::optional<OutArray>& gate, const OutArray& up, const OutArray& down) {
+  const int hidden = layer.config().hidden, inter = layer.config().inter;
+  TensorArg<OutArray> u("dequantize_expert", "up", up), d("dequantize_expert", "down", down);
+  check_gate("dequantize_expert", gate, layer.config().activation.gated());
+  float* g = data_of<float>("dequantize_expert", "gate", gate, Dtype::fp32, {inter, hidden});
   u.dtype({Dtype::fp32}).shape({inter, hidden}).contiguous();
   d.dtype({Dtype::fp32}).shape({hidden, inter}).contiguous();
-  layer.dequantize(expert, g.data<float>(), u.data<float>(), d.data<float>());
+  layer.dequantize(expert, g, u.data<float>(), d.data<float>());
 }
 
 void read_expert(const MoeLayer& layer, int expert, const OutArray& out) {
@@ -109,14 +148,21 @@ void read_expert(const MoeLayer& layer, int expert, const OutArray& out) {
 }
 
 // `owner` lives as long as the layer (keep_alive), so it must own the memory; a capsule gives its memory up when it is read.
-void attach(MoeLayer& layer, nb::object owner, const std::vector<int>& row) {
+void attach(MoeLayer& layer, nb::object owner, const std::vector<int>& row, const MaybeIn& gate_bias, const MaybeIn& up_bias,
+            const MaybeIn& down_bias) {
   require(!PyCapsule_CheckExact(owner.ptr()), ErrorKind::type, "[attach] packed: got a capsule, expected the array itself");
   const InArray packed = nb::cast<InArray>(owner);
   TensorArg<InArray> p("attach", "packed", packed);
   p.dtype({Dtype::uint8}).shape({-1, static_cast<std::int64_t>(layer.expert_bytes())}).contiguous();
   require(p.extent(0) <= 65536, ErrorKind::value, p.where(), ": got ", p.extent(0), " rows, expected at most 65536");
+  const std::int64_t n = p.extent(0), inter = layer.config().inter, hidden = layer.config().hidden;
+  const Biases biases{data_of<float>("attach", "gate_bias", gate_bias, Dtype::fp32, {n, inter}),
+                      data_of<float>("attach", "up_bias", up_bias, Dtype::fp32, {n, inter}),
+                      data_of<float>("attach", "down_bias", down_bias, Dtype::fp32, {n, hidden})};
+  require(layer.config().activation.gated() || !biases.gate, ErrorKind::value,
+          "[attach] gate_bias: got an array, expected none: the activation has no gate");
   const WithoutGil nogil;
-  layer.attach(p.data<std::byte>(), static_cast<int>(p.extent(0)), row);
+  layer.attach(p.data<std::byte>(), static_cast<int>(n), row, biases);
 }
 
 void forward(const MoeLayer& layer, const InArray& hidden, const InArray& ids, const InArray& weights, const OutArray& out,
@@ -153,10 +199,12 @@ void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& g
   }
   if (lora_grads) {
     require(lora != nullptr, ErrorKind::runtime, "LoRA weights not initialized: [backward] lora_grads need an adapter");
-    require(lora_grads->size() == 6, ErrorKind::value, "[backward] lora_grads: got ", lora_grads->size(), " arrays, expected 6");
-    for (std::size_t i = 0; i < 6; ++i) {
+    const std::size_t first = lora->gated ? kGateA : kUpA;
+    require(lora_grads->size() == 6 - first, ErrorKind::value, "[backward] lora_grads: got ", lora_grads->size(), " arrays, expected ",
+            6 - first);
+    for (std::size_t i = first; i < 6; ++i) {
       const auto [rows, columns] = lora->shape(static_cast<LoraTensor>(i));
-      TensorArg<OutArray> g("backward", "lora_grads", (*lora_grads)[i]);
+      TensorArg<OutArray> g("backward", "lora_grads", (*lora_grads)[i - first]);
       grads.lora[i] = g.dtype({Dtype::fp32}).shape({c.n_experts, rows, columns}).contiguous().data<float>();
     }
   }
@@ -164,14 +212,18 @@ void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& g
   layer.backward(cache, {dy.data<bf16>(), dy.stride(0)}, lora, grads);
 }
 
-void update_lora(LoraAdapter& lora, ThreadPool& pool, const InArray& gate_a, const InArray& gate_b, const InArray& up_a,
-                 const InArray& up_b, const InArray& down_a, const InArray& down_b) {
-  const InArray* arrays[6] = {&gate_a, &gate_b, &up_a, &up_b, &down_a, &down_b};
+void update_lora(LoraAdapter& lora, ThreadPool& pool, const MaybeIn& gate_a, const MaybeIn& gate_b, const MaybeIn& up_a,
+                 const MaybeIn& up_b, const MaybeIn& down_a, const MaybeIn& down_b) {
+  const MaybeIn* arrays[6] = {&gate_a, &gate_b, &up_a, &up_b, &down_a, &down_b};
   static constexpr const char* names[6] = {"gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b"};
-  std::array<StridedTensor, 6> tensors;
+  std::array<StridedTensor, 6> tensors{};
   for (std::size_t i = 0; i < 6; ++i) {
+    const bool exists = lora.has(static_cast<LoraTensor>(i));
+    require(arrays[i]->has_value() == exists, ErrorKind::type, "[LoraAdapter.update] ", names[i], ": got ",
+            exists ? "None, expected an array" : "an array, expected None: this adapter has no gate");
+    if (!exists) continue;
     const auto [rows, columns] = lora.shape(static_cast<LoraTensor>(i));
-    TensorArg<InArray> t("LoraAdapter.update", names[i], *arrays[i]);
+    TensorArg<InArray> t("LoraAdapter.update", names[i], **arrays[i]);
     t.dtype({Dtype::bf16, Dtype::fp32}).shape({lora.n_experts, rows, columns});
     tensors[i] = {t.data<void>(), t.is(Dtype::fp32), {t.stride(0), t.stride(1), t.stride(2)}};
   }
@@ -183,10 +235,10 @@ void update_lora(LoraAdapter& lora, ThreadPool& pool, const InArray& gate_a, con
 
 void init_layer(nb::module_& m) {
   nb::class_<LoraAdapter>(m, "LoraAdapter")
-      .def(nb::init<int, int, int, int, float>(), nb::arg("n_experts"), nb::arg("hidden"), nb::arg("inter"), nb::arg("rank"),
-           nb::arg("scaling"))
-      .def("update", &update_lora, nb::arg("pool"), nb::arg("gate_a"), nb::arg("gate_b"), nb::arg("up_a"), nb::arg("up_b"),
-           nb::arg("down_a"), nb::arg("down_b"))
+      .def(nb::init<int, int, int, int, float, bool>(), nb::arg("n_experts"), nb::arg("hidden"), nb::arg("inter"), nb::arg("rank"),
+           nb::arg("scaling"), nb::arg("gated") = true)
+      .def("update", &update_lora, nb::arg("pool"), nb::arg("gate_a").none(), nb::arg("gate_b").none(), nb::arg("up_a").none(),
+           nb::arg("up_b").none(), nb::arg("down_a").none(), nb::arg("down_b").none())
       .def_ro("rank", &LoraAdapter::rank)
       .def_ro("scaling", &LoraAdapter::scaling)
       .def_prop_ro("version", &LoraAdapter::version);
@@ -197,19 +249,22 @@ void init_layer(nb::module_& m) {
   nb::class_<MoeLayer>(m, "MoeLayer")
       .def(nb::new_(&make_layer), nb::arg("pool"), nb::arg("n_experts"), nb::arg("top_k"), nb::arg("hidden"), nb::arg("inter"),
            nb::arg("format"), nb::arg("isa") = "", nb::arg("chunk_tokens") = 0, nb::arg("on_gpu").none() = nb::none(),
-           nb::arg("down_format") = "")
-      .def("load_expert_raw", &load_expert_raw, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"))
-      .def("load_expert", &load_expert, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"))
+           nb::arg("activation") = "silu", nb::arg("swiglu_limit") = 0.0f, nb::arg("swiglu_alpha") = 0.0f, nb::arg("down_format") = "")
+      .def("load_expert", &load_expert, nb::arg("expert"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
+           nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(), nb::arg("down_bias").none() = nb::none())
+      .def("load_expert_raw", &load_expert_raw, nb::arg("expert"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
+           nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(), nb::arg("down_bias").none() = nb::none())
       .def_prop_ro("loaded", &MoeLayer::loaded)
       .def("unload", &MoeLayer::unload)
       .def_prop_ro("packed_bytes", &MoeLayer::packed_bytes)
       .def_prop_ro("expert_bytes", &MoeLayer::expert_bytes)
       .def("read_expert", &read_expert, nb::arg("expert"), nb::arg("out"))
-      .def("attach", &attach, nb::arg("packed"), nb::arg("row"), nb::keep_alive<1, 2>())
+      .def("attach", &attach, nb::arg("packed"), nb::arg("row"), nb::arg("gate_bias").none() = nb::none(),
+           nb::arg("up_bias").none() = nb::none(), nb::arg("down_bias").none() = nb::none(), nb::keep_alive<1, 2>())
       .def_prop_ro("isa", [](const MoeLayer& l) { return std::string(isa_name(l.config().isa)); })
       .def_prop_ro("format", [](const MoeLayer& l) { return std::string(format_info(l.config().format).name); })
       .def_prop_ro("down_format", [](const MoeLayer& l) { return std::string(format_info(l.config().down_format).name); })
-      .def("dequantize_expert", &dequantize_expert, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"))
+      .def("dequantize_expert", &dequantize_expert, nb::arg("expert"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"))
       .def("forward", &forward, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("lora").none() = nb::none())
       .def("forward_train", &forward_train, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),
            nb::arg("lora").none() = nb::none())

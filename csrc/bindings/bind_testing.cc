@@ -160,26 +160,44 @@ void init_testing(nb::module_& parent) {
       },
       nb::arg("isa"), nb::arg("operand"), nb::arg("m"), nb::arg("p_columns"), nb::arg("q"), nb::arg("index").none(), nb::arg("tile_stride"),
       nb::arg("n_tiles"), nb::arg("out"), nb::arg("accumulate"));
-  m.def("swiglu", [](const std::string& isa, const InArray& c, int n, int n_panels, const OutArray& h, const OutArray& gate_up) {
+  m.def("activate", [](const std::string& isa, const std::string& activation, float limit, float alpha, const InArray& c, int n,
+                       int n_panels, const OutArray& h, const OutArray& gate_up) {
+    const Activation act = Activation::from_name(activation, limit, alpha);
     const auto* src = reinterpret_cast<const float*>(bytes("c", c, c_block_floats(n) * static_cast<std::size_t>(n_panels) * 4));
     TensorArg<OutArray> a("testing", "h", h), b("testing", "gate_up", gate_up);
-    a.dtype({Dtype::bf16}).shape({n, 16 * n_panels});
+    a.dtype({Dtype::bf16}).shape({n, act.h_per_panel() * n_panels});
     b.dtype({Dtype::bf16}).shape({n, 32 * n_panels});
-    kernels_for(isa_from_name(isa)).swiglu(src, n, n_panels, a.data<bf16>(), a.stride(0), b.data<bf16>(), b.stride(0));
+    kernels_for(isa_from_name(isa)).activate(act, src, n, n_panels, a.data<bf16>(), a.stride(0), b.data<bf16>(), b.stride(0));
   });
-  m.def("swiglu_backward", [](const std::string& isa, const InArray& dh, int n, int n_panels, const InArray& gate_up, const InArray& weight,
-                              const OutArray& dgate_up, const OutArray& h, const OutArray& dot) {
-    const auto* src =
-        reinterpret_cast<const float*>(bytes("dh", dh, c_block_floats(n) * static_cast<std::size_t>(ceil_div(n_panels, 2)) * 4));
-    TensorArg<InArray> gu("testing", "gate_up", gate_up);
-    TensorArg<OutArray> d("testing", "dgate_up", dgate_up), a("testing", "h", h);
-    gu.dtype({Dtype::bf16}).shape({n, 32 * n_panels});
-    d.dtype({Dtype::bf16}).shape({n, 32 * n_panels});
-    a.dtype({Dtype::bf16}).shape({n, 16 * n_panels});
-    const std::size_t rows = 4 * static_cast<std::size_t>(n);
+  m.def("activate_backward",
+        [](const std::string& isa, const std::string& activation, float limit, float alpha, const InArray& dh, int n, int n_panels,
+           const InArray& gate_up, const InArray& weight, const OutArray& dgate_up, const OutArray& h, const OutArray& dot) {
+          const Activation act = Activation::from_name(activation, limit, alpha);
+          const int blocks = ceil_div(n_panels, act.projections());
+          const auto* src = reinterpret_cast<const float*>(bytes("dh", dh, c_block_floats(n) * static_cast<std::size_t>(blocks) * 4));
+          TensorArg<InArray> gu("testing", "gate_up", gate_up);
+          TensorArg<OutArray> d("testing", "dgate_up", dgate_up), a("testing", "h", h);
+          gu.dtype({Dtype::bf16}).shape({n, 32 * n_panels});
+          d.dtype({Dtype::bf16}).shape({n, 32 * n_panels});
+          a.dtype({Dtype::bf16}).shape({n, act.h_per_panel() * n_panels});
+          const std::size_t rows = 4 * static_cast<std::size_t>(n);
+          kernels_for(isa_from_name(isa))
+              .activate_backward(act, src, n, n_panels, gu.data<bf16>(), gu.stride(0),
+                                 reinterpret_cast<const float*>(bytes("weight", weight, rows)), d.data<bf16>(), d.stride(0), a.data<bf16>(),
+                                 a.stride(0), reinterpret_cast<float*>(bytes("dot", dot, rows)));
+        });
+  m.def("add_bias", [](const std::string& isa, const OutArray& c, int n, int n_blocks, const InArray& bias) {
+    const std::size_t blocks = static_cast<std::size_t>(n_blocks);
     kernels_for(isa_from_name(isa))
-        .swiglu_backward(src, n, n_panels, gu.data<bf16>(), gu.stride(0), reinterpret_cast<const float*>(bytes("weight", weight, rows)),
-                         d.data<bf16>(), d.stride(0), a.data<bf16>(), a.stride(0), reinterpret_cast<float*>(bytes("dot", dot, rows)));
+        .add_bias(reinterpret_cast<float*>(bytes("c", c, c_block_floats(n) * blocks * 4)), n, n_blocks,
+                  reinterpret_cast<const float*>(bytes("bias", bias, 32 * blocks * 4)));
+  });
+  m.def("dot_rows", [](const std::string& isa, const InArray& rows, const InArray& v, const OutArray& dot) {
+    const RowSource source = rows_of("rows", rows, std::nullopt);
+    const int n = static_cast<int>(rows.shape(0)), columns = static_cast<int>(rows.shape(1));
+    kernels_for(isa_from_name(isa))
+        .dot_rows(source, n, reinterpret_cast<const float*>(bytes("v", v, static_cast<std::size_t>(round_up(columns, 16)) * 4)), columns,
+                  reinterpret_cast<float*>(bytes("dot", dot, 4 * static_cast<std::size_t>(n))));
   });
   m.def("c_to_bf16",
         [](const std::string& isa, const InArray& c, int n, int n_blocks, float factor, const InArray& row_factor, const OutArray& dst) {

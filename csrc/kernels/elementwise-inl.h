@@ -1,5 +1,5 @@
-// Packing, quantisation, SwiGLU forward and backward, and the sums over experts. No fused multiply-add here: every level gives the
-// same bits. Include inside the namespace of a level, after gemm-inl.h.
+// Packing, quantisation, biases, and the sums over experts. No fused multiply-add here: every level gives the same bits.
+// Include inside the namespace of a level, after gemm-inl.h.
 
 template <class V>
 struct Elementwise {
@@ -69,51 +69,23 @@ struct Elementwise {
     }
   }
 
-  // --- SwiGLU ---
+  // --- biases ---
 
-  // e^x for x in [-87, 88], clamped to it; NaN stays NaN. Relative error below 1e-6: x = n ln 2 + r, |r| <= 0.35, then the Taylor
-  // series of e^r to the seventh power (its first omitted term is below 6e-9).
-  static F exp(F x) {
-    x = V::min(V::set(88.0f), V::max(V::set(-87.0f), x));
-    const typename V::I n = V::to_i(V::mul(x, V::set(1.44269504f)));
-    const F nf = V::to_f(n);
-    F r = V::sub(x, V::mul(nf, V::set(0.693359375f)));  // ln 2 in two parts: the first product is exact
-    r = V::sub(r, V::mul(nf, V::set(-2.12194440e-4f)));
-    F p = V::set(1.0f / 5040);
-    for (float inverse_factorial : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f})
-      p = V::add(V::mul(p, r), V::set(inverse_factorial));
-    return V::mul(p, V::as_f(V::template shl<23>(V::add_i(n, V::set_i(127)))));
-  }
-  static F sigmoid(F x) { return V::div(V::set(1.0f), V::add(V::set(1.0f), exp(V::sub(V::set(0.0f), x)))); }
-
-  static void swiglu(const float* c, int m, int n_panels, bf16* h, std::ptrdiff_t ld_h, bf16* gate_up, std::ptrdiff_t ld_gate_up) {
-    for (int p = 0; p < n_panels; ++p, c += c_block_floats(m))
+  static void add_bias(float* c, int m, int n_blocks, const float* bias) {
+    for (int b = 0; b < n_blocks; ++b, c += c_block_floats(m), bias += kPanelColumns) {
+      const F first = V::load(bias), second = V::load(bias + 16);
       for (int r = 0; r < m; ++r) {
-        const F g = V::load(c + r * kPanelColumns), u = V::load(c + r * kPanelColumns + 16);
-        V::store_bf16(h + r * ld_h + 16 * p, V::mul(V::mul(g, sigmoid(g)), u));
-        if (!gate_up) continue;
-        V::store_bf16(gate_up + r * ld_gate_up + kPanelColumns * p, g);
-        V::store_bf16(gate_up + r * ld_gate_up + kPanelColumns * p + 16, u);
+        float* row = c + r * kPanelColumns;
+        V::store(row, V::add(V::load(row), first));
+        V::store(row + 16, V::add(V::load(row + 16), second));
       }
+    }
   }
 
-  static void swiglu_backward(const float* dh, int m, int n_panels, const bf16* gate_up, std::ptrdiff_t ld_gate_up, const float* weight,
-                              bf16* dgate_up, std::ptrdiff_t ld_dgate_up, bf16* h, std::ptrdiff_t ld_h, float* dot) {
+  static void dot_rows(RowSource rows, int m, const float* v, int n, float* dot) {
     for (int r = 0; r < m; ++r) {
       F sum = V::set(0.0f);
-      for (int p = 0; p < n_panels; ++p) {
-        const F d = V::load(dh + static_cast<std::size_t>(p / 2) * c_block_floats(m) + r * kPanelColumns + 16 * (p % 2));
-        const bf16* gu = gate_up + r * ld_gate_up + kPanelColumns * p;
-        const F g = V::load_bf16(gu), u = V::load_bf16(gu + 16), s = sigmoid(g), silu = V::mul(g, s), act = V::mul(silu, u);
-        V::store_bf16(h + r * ld_h + 16 * p, act);
-        sum = V::add(sum, V::mul(act, d));
-        const F dw = V::mul(d, V::set(weight[r]));
-        // d silu(g) / dg = s + g s (1 - s)
-        const F slope = V::add(s, V::mul(silu, V::sub(V::set(1.0f), s)));
-        bf16* out = dgate_up + r * ld_dgate_up + kPanelColumns * p;
-        V::store_bf16(out, V::mul(V::mul(dw, u), slope));
-        V::store_bf16(out + 16, V::mul(dw, silu));
-      }
+      for (int j = 0; j < n; j += 16) sum = V::add(sum, V::mul(load(rows.row<bf16>(r), j, n), V::load(v + j)));
       dot[r] += V::hsum(sum);
     }
   }

@@ -14,6 +14,7 @@
 #include "base/bf16.h"
 #include "base/isa.h"
 #include "format/packed_matrix.h"
+#include "kernels/activation.h"
 
 namespace ktmoe {
 
@@ -70,12 +71,18 @@ struct KernelTable {
                 std::ptrdiff_t ld_out, bool accumulate);
 
   // --- elementwise ---
-  // h[row][16p + i] = silu(gate) * up of paired C blocks, bf16. gate_up (or null) receives gate and up as bf16 in panel order.
-  void (*swiglu)(const float* c, int m, int n_panels, bf16* h, std::ptrdiff_t ld_h, bf16* gate_up, std::ptrdiff_t ld_gate_up);
-  // Backward of swiglu for n_panels panels, given dH~ (gradient of h before the routing weight) in C blocks of two panels each:
+  // C block p gets bias[32p + i] added to column i of its m rows.
+  void (*add_bias)(float* c, int m, int n_blocks, const float* bias);
+  // h of C blocks of gate/up, bf16: h_per_panel() columns a block. gate_up (or null) receives gate and up as bf16 in panel
+  // order, those that the clamp holds moved beyond the limit.
+  void (*activate)(const Activation&, const float* c, int m, int n_panels, bf16* h, std::ptrdiff_t ld_h, bf16* gate_up,
+                   std::ptrdiff_t ld_gate_up);
+  // Backward of activate for n_panels panels, given dH~ (gradient of h before the routing weight) in C blocks of 32 columns of h:
   // dot[row] += <h, dH~>; dgate_up = weight[row] * gradients (panel order); h is recomputed.
-  void (*swiglu_backward)(const float* dh, int m, int n_panels, const bf16* gate_up, std::ptrdiff_t ld_gate_up, const float* weight,
-                          bf16* dgate_up, std::ptrdiff_t ld_dgate_up, bf16* h, std::ptrdiff_t ld_h, float* dot);
+  void (*activate_backward)(const Activation&, const float* dh, int m, int n_panels, const bf16* gate_up, std::ptrdiff_t ld_gate_up,
+                            const float* weight, bf16* dgate_up, std::ptrdiff_t ld_dgate_up, bf16* h, std::ptrdiff_t ld_h, float* dot);
+  // dot[i] += <row i, v> of bf16 rows; v is readable to a multiple of 16.
+  void (*dot_rows)(RowSource rows, int m, const float* v, int n, float* dot);
   // dst[row][j] = bf16(factor * row_factor[row] * C), j < 32 * n_blocks; row_factor may be null.
   void (*c_to_bf16)(const float* c, int m, int n_blocks, float factor, const float* row_factor, bf16* dst, std::ptrdiff_t ld);
   // dst[row][j] = C, j < 32 * n_blocks.

@@ -1,8 +1,10 @@
-// The table of one level: GEMMs from Gemm, everything else from Elementwise<V>. Include inside the namespace of the level.
+// The table of one level: GEMMs from Gemm, everything else from Elementwise<V> and Activations<V>. Include inside the namespace of the
+// level.
 
 template <class Gemm, class V>
 constexpr KernelTable make_table(Isa isa, int block_rows) {
   using E = Elementwise<V>;
+  using A = Activations<V>;
   return {
       .isa = isa,
       .block_rows = block_rows,
@@ -18,8 +20,10 @@ constexpr KernelTable make_table(Isa isa, int block_rows) {
       .outer_operand_bytes = &Gemm::outer_operand_bytes,
       .pack_outer_operand = &Gemm::pack_outer_operand,
       .outer = &Gemm::outer,
-      .swiglu = &E::swiglu,
-      .swiglu_backward = &E::swiglu_backward,
+      .add_bias = &E::add_bias,
+      .activate = &A::activate,
+      .activate_backward = &A::activate_backward,
+      .dot_rows = &E::dot_rows,
       .c_to_bf16 = &E::c_to_bf16,
       .c_to_rows = &E::c_to_rows,
       .combine = &E::combine,

@@ -1,8 +1,8 @@
 // The backward pass. One task owns an expert; all its blocks are done in row order, so that gradients sum in a fixed order.
 //
 //   s = LoRA scaling, w = routing weight of the row, dY = gradient of the layer's output (the row's token)
-//   dH~ = dY Wd + s (dY Bd) Ad            gradient of h before the routing weight; <h, dH~> is the router's gradient
-//   dG, dU = SwiGLU backward of w dH~     from the cached gate and up
+//   dH~ = dY Wd + s (dY Bd) Ad            gradient of h before the routing weight; <h, dH~> + <dY, bias> is the router's gradient
+//   dG, dU = activation backward of w dH~ from the cached gate and up; without a gate there is dU alone
 //   dX = [dG|dU] Wgu + s ([dG|dU] Bgu) Agu
 //   dBd = (w dY)^T (s Ud)    dAd = (s w dY Bd)^T h    dBg = dG^T (s Ug)    dAg = (s dG Bg)^T x    and so for up
 // Every GEMM reads the forward's packed bytes. With few experts the stages of one expert are shared by all workers instead.
@@ -26,7 +26,7 @@ struct Pass {
   const LoraAdapter* lora;
   float* rows;  // [plan.rows()][rows_ld]: dX of each row
   std::ptrdiff_t rows_ld;
-  float* dots;  // [plan.rows()]: <h, dH~>
+  float* dots;  // [plan.rows()]: gradient of the routing weight
   const Gradients& grads;
   bool first_chunk;
 };
@@ -75,10 +75,12 @@ class ExpertBackward {
 
  private:
   static bool scaled(const PackedMatrix& w) { return format_info(w.layout().format).has_scales; }
-  bool want_lora() const { return p_.lora && p_.grads.lora[0]; }
+  bool want_lora() const { return p_.lora && p_.grads.lora[kDownA]; }
   int rank() const { return p_.lora->rank; }
   int gate_up_columns() const { return expert_.gate_up.layout().n_panels * kPanelColumns; }
-  int h_columns() const { return expert_.gate_up.layout().n_panels * kTileColumns; }
+  int h_columns() const { return expert_.gate_up.layout().n_panels * p_.config.activation.h_per_panel(); }
+  bool gated() const { return p_.config.activation.gated(); }
+  int projections() const { return p_.config.activation.projections(); }
   RowSource dy() const { return {p_.grad_out.data, p_.grad_out.ld, p_.chunk.plan.token.data() + block_.begin}; }
   const float* weight() const { return p_.chunk.plan.weight.data() + block_.begin; }
   template <class T>
@@ -91,7 +93,7 @@ class ExpertBackward {
     const int down_panels = expert_.down.layout().n_panels, gate_up_panels = expert_.gate_up.layout().n_panels;
     // dH~ comes in groups of kGroupColumns, so h and dgate_up are padded to that.
     h_ld_ = round_up(std::max(h_columns(), p_.config.inter), kGroupColumns);
-    dgu_ld_ = 2 * h_ld_;
+    dgu_ld_ = projections() * h_ld_;
     h_ = take<bf16>(m, static_cast<int>(h_ld_));
     dgu_ = take<bf16>(m, static_cast<int>(dgu_ld_));
     dot_parts_ = take<float>(m, static_cast<int>(h_ld_) / kGroupColumns);
@@ -161,20 +163,22 @@ class ExpertBackward {
     units_.each(groups, [&](int g, Scratch& scratch) {
       const int first = g * kGroupColumns, columns = std::min(kGroupColumns, h_columns() - first);
       float* c = columns_of(scratch, dy_operand_, expert_.down, p_.lora ? &lora_.a_down : nullptr, first, columns);
-      k_.swiglu_backward(c, m_, columns / kTileColumns, gate_up + 2 * first, gu_ld, weight(), dgu_ + 2 * first, dgu_ld_, h_ + first, h_ld_,
-                         dot_parts_ + static_cast<std::ptrdiff_t>(g) * m_);
+      const Activation& a = p_.config.activation;
+      k_.activate_backward(a, c, m_, columns / a.h_per_panel(), gate_up + projections() * first, gu_ld, weight(),
+                           dgu_ + projections() * first, dgu_ld_, h_ + first, h_ld_, dot_parts_ + static_cast<std::ptrdiff_t>(g) * m_);
     });
     for (int r = 0; r < m_; ++r) {
       float sum = 0.0f;
       for (int g = 0; g < groups; ++g) sum += dot_parts_[static_cast<std::ptrdiff_t>(g) * m_ + r];
       p_.dots[block_.begin + r] = sum;
     }
+    if (expert_.down_bias) k_.dot_rows(dy(), m_, expert_.down_bias, p_.config.hidden, p_.dots + block_.begin);
   }
 
   void gate_up_lora() {
     std::byte* operand = scaled(expert_.gate_up) ? plain_operand_ : dgu_operand_;
     k_.pack_grad_operand({dgu_, dgu_ld_, nullptr}, nullptr, m_, gate_up_columns(), expert_.gate_up.layout().n_panels, operand);
-    lora_through_b(operand, lora_.b_gate_up, lora_.a_gate_up, 2 * rank(), v_gate_up_);
+    lora_through_b(operand, lora_.b_gate_up, lora_.a_gate_up, p_.lora->gate_up_rank(), v_gate_up_);
   }
 
   void through_gate_up() {
@@ -215,7 +219,8 @@ class ExpertBackward {
 
   void lora_gradients(bool first) {
     const int r = rank(), hidden = p_.config.hidden;
-    const std::ptrdiff_t u2_ld = round_up(2 * r, kPanelColumns), u1_ld = round_up(r, kPanelColumns);
+    const int both = p_.lora->gate_up_rank();
+    const std::ptrdiff_t u2_ld = round_up(both, kPanelColumns), u1_ld = round_up(r, kPanelColumns);
     const bf16* u_gate_up = p_.chunk.u_gate_up.as<bf16>() + block_.begin * u2_ld;
     const bf16* u_down = p_.chunk.u_down.as<bf16>() + block_.begin * u1_ld;
     const RowSource x = whole_tiles({p_.x, hidden, p_.chunk.plan.token.data() + block_.begin}, padded_x_);
@@ -223,19 +228,23 @@ class ExpertBackward {
     for (int i = 0; i < m_; ++i)
       for (int j = 0; j < r; ++j) wu_down_[i * v_ld_ + j] = to_bf16(weight()[i] * to_float(u_down[i * u1_ld + j]));
 
-    outer(v_gate_up_, v_ld_, 2 * r, x, kTileColumns, hidden, grad_a_gate_up_, hidden_ld_, first);
-    outer(u_gate_up, u2_ld, r, {dgu_, dgu_ld_, nullptr}, kPanelColumns, h_columns(), grad_b_gate_, h_columns(), first);
-    outer(u_gate_up + r, u2_ld, r, {dgu_ + kTileColumns, dgu_ld_, nullptr}, kPanelColumns, h_columns(), grad_b_up_, h_columns(), first);
+    outer(v_gate_up_, v_ld_, both, x, kTileColumns, hidden, grad_a_gate_up_, hidden_ld_, first);
+    // In panel order, tiles of gate and up alternate.
+    const int apart = projections() * kTileColumns, to_up = apart - kTileColumns;
+    if (gated()) outer(u_gate_up, u2_ld, r, {dgu_, dgu_ld_, nullptr}, apart, h_columns(), grad_b_gate_, h_columns(), first);
+    outer(u_gate_up + both - r, u2_ld, r, {dgu_ + to_up, dgu_ld_, nullptr}, apart, h_columns(), grad_b_up_, h_columns(), first);
     outer(wv_down_, v_ld_, r, {h_, h_ld_, nullptr}, kTileColumns, h_columns(), grad_a_down_, h_columns(), first);
     outer(wu_down_, v_ld_, r, grad, kTileColumns, hidden, grad_b_down_, hidden_ld_, first);
   }
 
   void write_lora_gradients() {
     const int r = rank(), hidden = p_.config.hidden, inter = p_.config.inter;
-    write_rows(kGateA, grad_a_gate_up_, hidden_ld_, r, hidden);
-    write_rows(kUpA, grad_a_gate_up_ + r * hidden_ld_, hidden_ld_, r, hidden);
+    if (gated()) {
+      write_rows(kGateA, grad_a_gate_up_, hidden_ld_, r, hidden);
+      write_transposed(kGateB, grad_b_gate_, h_columns(), r, inter);
+    }
+    write_rows(kUpA, grad_a_gate_up_ + (p_.lora->gate_up_rank() - r) * hidden_ld_, hidden_ld_, r, hidden);
     write_rows(kDownA, grad_a_down_, h_columns(), r, inter);
-    write_transposed(kGateB, grad_b_gate_, h_columns(), r, inter);
     write_transposed(kUpB, grad_b_up_, h_columns(), r, inter);
     write_transposed(kDownB, grad_b_down_, hidden_ld_, r, hidden);
   }
@@ -320,6 +329,7 @@ void clear_idle_experts(ThreadPool::Session& session, const MoeConfig& config, c
   session.parallel_for(config.n_experts, [&](int e, int) {
     if (active[static_cast<std::size_t>(e)]) return;
     for (int t = 0; t < 6; ++t) {
+      if (!lora.has(static_cast<LoraTensor>(t))) continue;
       const auto [rows, columns] = lora.shape(static_cast<LoraTensor>(t));
       const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(rows) * columns;
       std::fill_n(grads.lora[static_cast<std::size_t>(t)] + e * size, size, 0.0f);
@@ -337,7 +347,7 @@ void MoeLayer::backward(const ForwardCache& cache, Tokens grad_out, const LoraAd
   require(!lora || lora->version() == cache.lora_version, ErrorKind::runtime,
           "LoRA weights changed between forward and backward: [backward] ", "the adapter has version ", lora ? lora->version() : 0,
           ", the forward used ", cache.lora_version);
-  const bool want_lora = lora && grads.lora[0], want_input = grads.input16 || grads.input32;
+  const bool want_lora = lora && grads.lora[kDownA], want_input = grads.input16 || grads.input32;
   const std::ptrdiff_t rows_ld = round_up(config_.hidden, kPanelColumns);
   int total_rows = 0;
   for (const auto& chunk : cache.chunks) total_rows += chunk.plan.rows();

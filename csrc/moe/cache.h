@@ -1,7 +1,8 @@
 // ForwardCache: what one backward needs of one forward; the caller owns it.
 //
-// Per token: x (2 hidden bytes). Per row (token, slot): gate and up before the activation (4 inter bytes, padded to whole panels) and
-// the LoRA activations U, already scaled (6 rank bytes). Everything else is recomputed; the router gradient is <h, dh>.
+// Per token: x (2 hidden bytes). Per row (token, slot): gate and up before the activation (4 inter bytes, 2 without a gate,
+// padded to whole panels) and the LoRA activations U, already scaled (6 rank bytes, 4 without a gate). Everything else is recomputed;
+// the router gradient is <h, dh>, and <dY, down bias> where there is one.
 #pragma once
 
 #include <vector>
@@ -16,7 +17,7 @@ struct ForwardCache {
     int first_token;
     RoutePlan plan;
     AlignedBuffer gate_up;    // bf16 [rows][32 * gate/up panels]
-    AlignedBuffer u_gate_up;  // bf16 [rows][2 rank, padded to 32], empty without LoRA
+    AlignedBuffer u_gate_up;  // bf16 [rows][2 rank (rank without a gate), padded to 32], empty without LoRA
     AlignedBuffer u_down;     // bf16 [rows][rank, padded to 32]
   };
   std::uint64_t layer = 0;  // serial number, to refuse a foreign cache

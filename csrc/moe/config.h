@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "base/isa.h"
 #include "format/format.h"
+#include "kernels/activation.h"
 
 namespace ktmoe {
 
@@ -19,6 +20,7 @@ struct MoeConfig {
   Isa isa;
   int chunk_tokens;                  // most tokens of one pass; 0: only the bound on scratch counts
   std::vector<std::uint8_t> on_gpu;  // [n_experts], 1 = not computed here and no memory; or empty
+  Activation activation = {};
 
   bool gpu(int expert) const { return !on_gpu.empty() && on_gpu[static_cast<std::size_t>(expert)]; }
 

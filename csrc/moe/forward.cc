@@ -1,6 +1,7 @@
 // The forward pass.
 //
-//   X --(quantise)--> operand --gate/up GEMM (+ LoRA)--> C --SwiGLU--> h --operand--> down GEMM (+ LoRA) --> fp32 rows --combine--> out
+//   X --(quantise)--> operand --gate/up GEMM (+ LoRA, bias)--> C --activation--> h --operand--> down GEMM (+ LoRA, bias) --> fp32 rows
+//   --combine--> out
 //
 // Two schedules, the same arithmetic (a row's result depends on its block alone, never on the schedule or the thread):
 //   owner   one task computes a whole block of an expert, so that its activations stay in the L2; when blocks are many
@@ -45,7 +46,7 @@ class BlockForward {
     const KernelTable& k = p_.kernels;
     const WeightFormat lora_format = WeightFormat::bf16;
     const int hidden = p_.config.hidden, inter = p_.config.inter, m = m_;
-    h_ld_ = gate_up_panels() * kTileColumns;
+    h_ld_ = gate_up_panels() * h_per_panel();
     h_ = scratch.take<bf16>(static_cast<std::size_t>(m) * static_cast<std::size_t>(h_ld_));
     operand_ = scratch.take<std::byte>(
         std::max(k.operand_bytes(expert_.gate_up.layout().format, m, hidden), k.operand_bytes(expert_.down.layout().format, m, inter)));
@@ -70,7 +71,7 @@ class BlockForward {
     else
       p_.kernels.pack_operand(format, rows, nullptr, m_, p_.config.hidden, operand_);
     if (p_.lora)
-      lora_activations(scratch, rows, p_.config.hidden, lora_.a_gate_up, 2 * p_.lora->rank,
+      lora_activations(scratch, rows, p_.config.hidden, lora_.a_gate_up, p_.lora->gate_up_rank(),
                        p_.cache ? p_.cache->u_gate_up.as<bf16>() : nullptr);
   }
 
@@ -81,7 +82,8 @@ class BlockForward {
     if (p_.lora) p_.kernels.forward(u_operand_, m_, lora_.b_gate_up, p0, p1, c, true);
     const std::ptrdiff_t ld = static_cast<std::ptrdiff_t>(gate_up_panels()) * kPanelColumns;
     bf16* keep = p_.cache ? p_.cache->gate_up.as<bf16>() + block_.begin * ld + p0 * kPanelColumns : nullptr;
-    p_.kernels.swiglu(c, m_, p1 - p0, h_ + p0 * kTileColumns, h_ld_, keep, ld);
+    if (expert_.gate_up_bias) p_.kernels.add_bias(c, m_, p1 - p0, expert_.gate_up_bias + p0 * kPanelColumns);
+    p_.kernels.activate(p_.config.activation, c, m_, p1 - p0, h_ + p0 * h_per_panel(), h_ld_, keep, ld);
   }
 
   // h -> operand; U = scaling * h A^T.
@@ -103,6 +105,7 @@ class BlockForward {
     float* c = c_blocks(scratch, p1 - p0);
     p_.kernels.forward(operand_, m_, expert_.down, p0, p1, c, false);
     if (p_.lora) p_.kernels.forward(u_operand_, m_, lora_.b_down, p0, p1, c, true);
+    if (expert_.down_bias) p_.kernels.add_bias(c, m_, p1 - p0, expert_.down_bias + p0 * kPanelColumns);
     p_.kernels.c_to_rows(c, m_, p1 - p0, p_.rows + block_.begin * p_.rows_ld + p0 * kPanelColumns, p_.rows_ld);
   }
 
@@ -115,6 +118,7 @@ class BlockForward {
 
  private:
   static bool int8(const PackedMatrix& w) { return w.layout().direct() == WeightFormat::int8; }
+  int h_per_panel() const { return p_.config.activation.h_per_panel(); }
 
   float* c_blocks(Scratch& scratch, int n) {
     // One C area serves every call of a task; the worker's scratch is reset between tasks.
@@ -264,9 +268,9 @@ ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16
   const int step = tokens_per_pass();
   for (int t = 0; t < routing.n_tokens; t += step) {
     RoutePlan plan(config_, routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), kernels_.block_rows);
-    const int rows = plan.rows(), rank = lora ? lora->rank : 0;
+    const int rows = plan.rows(), rank = lora ? lora->rank : 0, gate_up_rank = lora ? lora->gate_up_rank() : 0;
     cache.chunks.push_back({t, std::move(plan), bf16_rows(rows, gate_up_.n_panels * kPanelColumns),
-                            bf16_rows(rows, round_up(2 * rank, kPanelColumns)), bf16_rows(rows, round_up(rank, kPanelColumns))});
+                            bf16_rows(rows, round_up(gate_up_rank, kPanelColumns)), bf16_rows(rows, round_up(rank, kPanelColumns))});
     ForwardCache::Chunk& chunk = cache.chunks.back();
     run_pass(*this, chunk.plan, {hidden.data + t * hidden.ld, hidden.ld}, lora, &chunk,
              out + static_cast<std::ptrdiff_t>(t) * config_.hidden);

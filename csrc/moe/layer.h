@@ -26,7 +26,7 @@ struct Gradients {  // every pointer may be null
   bf16* input16;    // [n_tokens][hidden], or
   float* input32;
   float* weights;                // [n_tokens][top_k]
-  std::array<float*, 6> lora{};  // [n_experts][...] in the order of LoraTensor; all or none
+  std::array<float*, 6> lora{};  // [n_experts][...] in the order of LoraTensor; all that exist, or none
 };
 
 class MoeLayer {
@@ -37,11 +37,11 @@ class MoeLayer {
   const KernelTable& kernels() const { return kernels_; }
   ThreadPool& pool() const { return *pool_; }
 
-  // gate, up [inter][hidden], down [hidden][inter], dense.
-  void load_expert(int expert, const bf16* gate, const bf16* up, const bf16* down);
+  // gate, up [inter][hidden], down [hidden][inter], dense; gate is null where the activation has none. All experts have biases or none.
+  void load_expert(int expert, const bf16* gate, const bf16* up, const bf16* down, const Biases& biases = {});
   // Published formats: the parts of each matrix as FormatInfo describes them (bf16: one part, the bf16 numbers), rows dense. A number
   // that is not finite is a ValueError naming matrix and row; the expert is then not loaded.
-  void load_expert_raw(int expert, const RawBlock& gate, const RawBlock& up, const RawBlock& down);
+  void load_expert_raw(int expert, const RawBlock& gate, const RawBlock& up, const RawBlock& down, const Biases& biases = {});
   bool loaded() const { return missing_ == 0; }
   void unload();
   std::size_t packed_bytes() const;
@@ -50,8 +50,8 @@ class MoeLayer {
   std::size_t expert_bytes() const { return expert_bytes_; }
   void read_expert(int expert, std::byte* out) const;
   // Expert e lives at packed + expert_bytes() * row[e] from now on; the caller keeps that memory, 64-byte aligned, for as long as
-  // the layer. GPU experts are skipped. Replaces all experts.
-  void attach(const std::byte* packed, int n_rows, const std::vector<int>& row);
+  // the layer. GPU experts are skipped. Replaces all experts. biases: as for one expert, n_rows of them one after another; copied.
+  void attach(const std::byte* packed, int n_rows, const std::vector<int>& row, const Biases& biases = {});
   void dequantize(int expert, float* gate, float* up, float* down) const;
   Expert expert(int e) const;
 
@@ -67,7 +67,10 @@ class MoeLayer {
   void check_expert(const char* function, int e) const;
   void place(int e, const std::byte* at);
   template <class GateUp, class Down>
-  void fill_expert(const char* function, int e, GateUp gate_up, Down down);
+  void fill_expert(const char* function, int e, const Biases& biases, GateUp gate_up, Down down);
+  std::size_t bias_floats() const;
+  void check_biases(int expert, const Biases& biases) const;
+  void store_biases(int expert, const Biases& biases);
 
   const std::uint64_t serial_ = next_serial_number();
   const std::shared_ptr<ThreadPool> pool_;
@@ -75,8 +78,9 @@ class MoeLayer {
   const KernelTable& kernels_;
   const PackedLayout gate_up_, down_;
   const std::size_t expert_bytes_;
-  std::vector<int> slot_;             // [n_experts] position in `data_`, -1 on the GPU
+  std::vector<int> slot_;             // [n_experts] position in `data_` and `biases_`, -1 on the GPU
   AlignedBuffer data_;                // touched, and so paid for, expert by expert
+  AlignedBuffer biases_;              // fp32 [slots][bias_floats()], or empty
   std::vector<const std::byte*> at_;  // [n_experts] packed bytes, in `data_` or attached; null: not loaded
   int missing_ = 0;
 };

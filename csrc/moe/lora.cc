@@ -4,13 +4,14 @@
 
 namespace ktmoe {
 
-LoraAdapter::LoraAdapter(int n_experts, int hidden, int inter, int rank, float scaling)
-    : n_experts(n_experts), hidden(hidden), inter(inter), rank(rank), scaling(scaling) {
+LoraAdapter::LoraAdapter(int n_experts, int hidden, int inter, int rank, float scaling, bool gated)
+    : n_experts(n_experts), hidden(hidden), inter(inter), rank(rank), scaling(scaling), gated(gated) {
   require(rank >= 1 && rank <= 4096, ErrorKind::value, "[LoraAdapter] rank: got ", rank, ", expected 1 to 4096");
   require(n_experts >= 1 && hidden >= 1 && inter >= 1, ErrorKind::value, "[LoraAdapter] shape: got n_experts ", n_experts, ", hidden ",
           hidden, ", inter ", inter, ", expected positive numbers");
   const auto f = WeightFormat::bf16;
-  layouts_ = {PackedLayout::plain(f, 2 * rank, hidden), PackedLayout::paired(f, inter, 2 * rank), PackedLayout::plain(f, rank, inter),
+  layouts_ = {PackedLayout::plain(f, gate_up_rank(), hidden),
+              gated ? PackedLayout::paired(f, inter, 2 * rank) : PackedLayout::plain(f, inter, rank), PackedLayout::plain(f, rank, inter),
               PackedLayout::plain(f, hidden, rank)};
   for (const auto& l : layouts_) expert_bytes_ = checked_add(expert_bytes_, l.bytes);
   data_ = AlignedBuffer(checked_mul(expert_bytes_, static_cast<std::size_t>(n_experts)));
@@ -73,15 +74,21 @@ void LoraAdapter::pack_expert(const KernelTable& kernels, Scratch& scratch, int 
     at += layout.bytes;
   };
 
-  bf16* a = dense(2 * rank, hidden);
-  copy(kGateA, a, hidden);
-  copy(kUpA, a + static_cast<std::ptrdiff_t>(rank) * hidden, hidden);
-  pack(layouts_[0], hidden, PlainRows{a, hidden, 2 * rank});
+  const int both = gate_up_rank(), before_up = both - rank;
+  bf16* a = dense(both, hidden);
+  if (gated) copy(kGateA, a, hidden);
+  copy(kUpA, a + static_cast<std::ptrdiff_t>(before_up) * hidden, hidden);
+  pack(layouts_[0], hidden, PlainRows{a, hidden, both});
 
-  bf16 *gate = dense(inter, 2 * rank), *up = dense(inter, 2 * rank);
-  copy(kGateB, gate, 2 * rank);
-  copy(kUpB, up + rank, 2 * rank);
-  pack(layouts_[1], 2 * rank, PairedRows{gate, up, 2 * rank, inter});
+  bf16* up = dense(inter, both);
+  copy(kUpB, up + before_up, both);
+  if (gated) {
+    bf16* gate = dense(inter, both);
+    copy(kGateB, gate, both);
+    pack(layouts_[1], both, PairedRows{gate, up, both, inter});
+  } else {
+    pack(layouts_[1], both, PlainRows{up, both, inter});
+  }
 
   bf16* down_a = dense(rank, inter);
   copy(kDownA, down_a, inter);

@@ -3,6 +3,7 @@
 //
 //   a_gate_up  [2 rank] x hidden   columns 0 .. rank-1 = gate A, rank .. 2 rank-1 = up A:          [Ug | Uu] = X [Ag ; Au]^T
 //   b_gate_up  paired, K = 2 rank  gate columns use k < rank, up columns k >= rank, else zero:     both corrections from [Ug | Uu]
+//   without a gate: a_gate_up is rank x hidden, b_gate_up plain inter x rank
 //   a_down     rank x inter
 //   b_down     hidden x rank
 // scaling = alpha / rank (or the caller's rule) is applied to U and V in fp32, before they round to bf16.
@@ -40,13 +41,16 @@ struct LoraExpert {
 
 class LoraAdapter {
  public:
-  LoraAdapter(int n_experts, int hidden, int inter, int rank, float scaling);
+  LoraAdapter(int n_experts, int hidden, int inter, int rank, float scaling, bool gated = true);
   // Not while a forward or backward uses the adapter: both hold a Session of the pool, and so does this.
   void update(ThreadPool& pool, const std::array<StridedTensor, 6>& tensors);
 
   const int n_experts, hidden, inter, rank;
   const float scaling;
+  const bool gated;  // false: kGateA and kGateB do not exist
   std::uint64_t version() const { return version_; }
+  bool has(LoraTensor t) const { return gated || t >= kUpA; }
+  int gate_up_rank() const { return gated ? 2 * rank : rank; }  // columns of [Ug | Uu]
   // [rows, columns] of each of the six tensors, per expert.
   std::array<int, 2> shape(LoraTensor t) const;
   LoraExpert expert(int e) const;

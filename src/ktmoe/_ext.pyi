@@ -63,20 +63,22 @@ class TaskQueue:
 
 # --- one layer ----------------------------------------------------------------------------------------------------
 class LoraAdapter:
-    """The packed mirror of the six LoRA matrices of one layer."""
+    """The packed mirror of the LoRA matrices of one layer: six, or four (no gate) with gated=False."""
 
-    def __init__(self, n_experts: int, hidden: int, inter: int, rank: int, scaling: float) -> None: ...
+    def __init__(
+        self, n_experts: int, hidden: int, inter: int, rank: int, scaling: float, gated: bool = True
+    ) -> None: ...
     def update(
         self,
         pool: ThreadPool,
-        gate_a: Array,  # [n_experts, rank, hidden]   bf16 or fp32, any strides
-        gate_b: Array,  # [n_experts, inter, rank]
+        gate_a: Array | None,  # [n_experts, rank, hidden]   bf16 or fp32, any strides; None exactly without a gate
+        gate_b: Array | None,  # [n_experts, inter, rank]
         up_a: Array,  # [n_experts, rank, hidden]
         up_b: Array,  # [n_experts, inter, rank]
         down_a: Array,  # [n_experts, rank, inter]
         down_b: Array,  # [n_experts, hidden, rank]
     ) -> None:
-        """Copies (rounds to bf16) the six tensors. Gives a `version` that no adapter of this process has had."""
+        """Copies (rounds to bf16) the tensors. Gives a `version` that no adapter of this process has had."""
     @property
     def rank(self) -> int: ...
     @property
@@ -110,13 +112,42 @@ class MoeLayer:
         isa: str = "",  # "" = active_isa()
         chunk_tokens: int = 0,  # 0 = engine's own bound on scratch
         on_gpu: Array | None = None,  # bool or uint8 [n_experts]: these get no memory here and are skipped
+        activation: str = "silu",  # "silu" | "gelu_tanh" | "relu2" (no gate)
+        swiglu_limit: float = 0.0,  # silu only; 0: no clamp
+        swiglu_alpha: float = 0.0,  # silu only; > 0: gate * sigmoid(alpha * gate) * (up + 1)
         down_format: str = "",  # "" = format
     ) -> None: ...
-    def load_expert(self, expert: int, gate: Array, up: Array, down: Array) -> None:
+    def load_expert(
+        self,
+        expert: int,
+        gate: Array | None,  # None exactly without a gate
+        up: Array,
+        down: Array,
+        gate_bias: Array | None = None,  # fp32 [inter]
+        up_bias: Array | None = None,  # fp32 [inter]
+        down_bias: Array | None = None,  # fp32 [hidden]
+    ) -> None:
         """gate, up [inter, hidden], down [hidden, inter], bf16, C-contiguous. Packs (quantises) with all threads.
-        A GPU expert is a ValueError. Loading an expert twice replaces it."""
-    def load_expert_raw(self, expert: int, gate: list[Array], up: list[Array], down: list[Array]) -> None:
-        """The arrays of each matrix in its published format, packed without loss. Otherwise as `load_expert`."""
+        A GPU expert is a ValueError. Loading an expert twice replaces it with its biases. Of the biases a missing one
+        counts as zeros; all experts have biases or none (ValueError)."""
+    def load_expert_raw(
+        self,
+        expert: int,
+        gate: list[Array] | None,
+        up: list[Array],
+        down: list[Array],
+        gate_bias: Array | None = None,
+        up_bias: Array | None = None,
+        down_bias: Array | None = None,
+    ) -> None:
+        """As `load_expert`, for published formats, packed without loss. The arrays of a matrix of n rows and k columns:
+
+        int4_g32, _g64, _g128  uint8 [n, kp / 2] (low nibble = even k, value = (nibble - 8) * scale), bf16 [n, kp / g];
+                               kp = k rounded up to the group g
+        fp8                    uint8 [n, k] (e4m3fn), fp32 scales [n, ceil(k / 128)]
+        q4_0, q8_0, iq4_nl, q4_k, q5_k, q6_k    uint8 [n, bytes of a row], as GGUF stores rows (k rounded up)
+        bf16                   bf16 [n, k]
+        A scale or code that is not finite is a ValueError naming matrix and row; the expert is then not loaded."""
     @property
     def loaded(self) -> bool:
         """True when every CPU expert has been loaded."""
@@ -130,14 +161,21 @@ class MoeLayer:
         not on the ISA, the threads or the machine."""
     def read_expert(self, expert: int, out: Array) -> None:
         """Copies the packed bytes of a loaded expert to uint8 [expert_bytes]."""
-    def attach(self, packed: Array, row: list[int]) -> None:
+    def attach(
+        self,
+        packed: Array,
+        row: list[int],
+        gate_bias: Array | None = None,  # fp32 [n, inter], copied
+        up_bias: Array | None = None,  # fp32 [n, inter]
+        down_bias: Array | None = None,  # fp32 [n, hidden]
+    ) -> None:
         """Runs on the caller's packed bytes, uint8 [n, expert_bytes], 64-byte aligned, kept alive with the layer:
         expert e is packed[row[e]] (entries of GPU experts are ignored). Replaces all experts; copies nothing."""
     @property
     def isa(self) -> str: ...
     @property
     def format(self) -> str: ...
-    def dequantize_expert(self, expert: int, gate: Array, up: Array, down: Array) -> None:
+    def dequantize_expert(self, expert: int, gate: Array | None, up: Array, down: Array) -> None:
         """Writes the weights that the kernels use: fp32 [inter, hidden], [inter, hidden], [hidden, inter]."""
     def forward(
         self,
@@ -158,7 +196,8 @@ class MoeLayer:
         lora: LoraAdapter | None,
         grad_in: Array | None,  # out: [n_tokens, hidden] bf16 or fp32
         grad_weights: Array | None,  # out: [n_tokens, top_k] fp32
-        lora_grads: list[Array] | None,  # out: six fp32 C-contiguous arrays of the shapes in LoraAdapter.update
+        lora_grads: list[Array]
+        | None,  # out: fp32 C-contiguous arrays of the shapes in LoraAdapter.update, those not None
     ) -> None:
         """Writes (overwrites) every output given. A cache may be used more than once.
         RuntimeError "LoRA weights changed ..." if `lora` was updated since the forward."""

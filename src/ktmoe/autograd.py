@@ -20,7 +20,7 @@ __all__ = ["LoraTensors", "moe_forward"]
 def moe_forward(
     wrapper: BaseMoEWrapper, hidden: Tensor, ids: Tensor, weights: Tensor, lora: LoraTensors | None = None
 ) -> Tensor:
-    """The output of the layer, with gradients for `hidden`, `weights` and the six LoRA tensors.
+    """The output of the layer, with gradients for `hidden`, `weights` and the LoRA tensors.
 
     hidden: bf16, fp16 or fp32 [..., hidden]; the layer computes in bf16, output and gradient have hidden's dtype.
     ids: int32 or int64 [..., top_k]; -1 and num_experts mean "not routed here". weights: floating point [..., top_k].
@@ -98,10 +98,10 @@ class _MoEFunction(torch.autograd.Function):
         ids: Tensor,
         hidden: Tensor,
         weights: Tensor,
-        *lora: Any,  # none, or the six tensors
+        *lora: Any,  # none, or `LoraTensors.tensors`
     ) -> Tensor:
         rows, flat_ids, flat_weights = wrapper._inputs(_narrow(hidden), ids, _widen(weights))
-        packed = wrapper.mirror.acquire(LoraTensors._make((*lora, scaling, rank))) if lora else None
+        packed = wrapper.mirror.acquire(LoraTensors.of(lora, scaling, rank)) if lora else None
         out, saved = run_forward(wrapper.layer, rows, flat_ids, flat_weights, packed)
         ctx.save_for_backward(_hold(saved))
         ctx.set_materialize_grads(False)
@@ -123,7 +123,8 @@ class _MoEFunction(torch.autograd.Function):
         (holder,) = ctx.saved_tensors  # once: checkpointing recomputes on access
         targets = None
         if any(need[6:]):
-            shapes = lora_shapes(wrapper.num_experts, wrapper.hidden_size, wrapper.moe_intermediate_size, ctx.rank)
+            dims = wrapper.num_experts, wrapper.hidden_size, wrapper.moe_intermediate_size
+            shapes = lora_shapes(*dims, ctx.rank, wrapper.gated)
             targets = [empty_f32(shape) for shape in shapes]
         grads = run_backward(
             wrapper.layer,

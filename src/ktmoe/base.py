@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what reads files is imported when something is loaded: `imp
 _BF16, _F32, _I64, _I32 = torch.bfloat16, torch.float32, torch.int64, torch.int32
 _ID_DTYPES = (_I64, _I32)
 _WEIGHT_DTYPES = (_F32, _BF16)
+_BIASES = ("gate_bias", "up_bias", "down_bias")
 _empty_like = torch.empty_like
 _CONTIGUOUS = torch.contiguous_format
 
@@ -44,7 +45,8 @@ def only_in(mode: str, name: str) -> Callable[..., Any]:
 class BaseMoEWrapper:
     """The routed experts of one MoE layer. Made by `KTMoEWrapper`; see there for the parameters.
 
-    Expert weights: gate and up [inter, hidden], down [hidden, inter]; y = down(silu(gate(x)) * up(x)).
+    Expert weights: gate and up [inter, hidden], down [hidden, inter]; y = down(silu(gate(x)) * up(x)), or another
+    activation (see `KTMoEWrapper`), each projection with an optional bias. Biases are frozen, as the weights are.
     Experts that `gpu_experts_mask` marks get no memory here and contribute nothing to the output.
     """
 
@@ -65,13 +67,17 @@ class BaseMoEWrapper:
         self.max_deferred_experts_per_token = config.max_deferred_experts_per_token
         self.cpu_infer: CPUInfer = engine_for(config)
         self._row = method
+        self.gated = config.gated
         self._formats = self._own_formats()
         self.layer = self._new_layer(self._formats)
-        self.mirror = LoraMirror(
-            self.cpu_infer.pool, config.num_experts, config.hidden_size, config.moe_intermediate_size
-        )
+        self.mirror = self._new_mirror()
         """Packed LoRA of `ktmoe.autograd.moe_forward`."""
         self._cpu_experts = [e for e, on_gpu in enumerate(config.gpu_experts_mask.tolist()) if not on_gpu]
+
+    def _new_mirror(self) -> LoraMirror:
+        return LoraMirror(
+            self.cpu_infer.pool, self.num_experts, self.hidden_size, self.moe_intermediate_size, self.gated
+        )
 
     def __repr__(self) -> str:
         c = self.config
@@ -115,7 +121,10 @@ class BaseMoEWrapper:
             "" if self._row.amx else isa_without_amx(),
             config.chunked_prefill_size,
             to_dlpack(config.gpu_experts_mask.to(torch.uint8)) if config.num_gpu_experts else None,
-            **({} if down == gate_up else {"down_format": down}),
+            config.activation,
+            config.swiglu_limit,
+            config.swiglu_alpha,
+            down,
         )
 
     # --- weights --------------------------------------------------------------------------------------------------
@@ -130,7 +139,8 @@ class BaseMoEWrapper:
 
         physical_to_logical_map: integers [num_experts]; slot e gets the weights of the file's expert map[e].
         None: slot e gets expert e. One expert is in memory at a time. RAWINT4, FP8 and LLAMAFILE compute with files of
-        their kind as they are and quantise plain ones; the other methods read all files as bf16.
+        their kind as they are and quantise plain ones; the other methods read all files as bf16. Biases that plain
+        files have are loaded with their experts.
         WeightFileError if the files are missing, damaged or do not fit the layer; the layer is then not loaded.
         """
         from .io.sources import open_source
@@ -138,7 +148,8 @@ class BaseMoEWrapper:
         if not self.weight_path:
             raise ValueError("weight_path: got an empty path, expected the folder of the model's weight files")
         shape = self.layer_idx, self.hidden_size, self.moe_intermediate_size
-        with open_source(self.weight_path, *shape, prefer_gguf=self._row.published == "gguf") as source:
+        prefer_gguf = self._row.published == "gguf"
+        with open_source(self.weight_path, *shape, gated=self.gated, prefer_gguf=prefer_gguf) as source:
             where = f"{self.weight_path}, layer {self.layer_idx}"
             if physical_to_logical_map is None and source.n_experts != self.num_experts:
                 raise WeightFileError(
@@ -147,49 +158,89 @@ class BaseMoEWrapper:
             slots = self._slots(physical_to_logical_map, source.n_experts, where)
             with self._loading(self._formats_of(source)):
                 for slot, logical in slots:
-                    self._put(slot, source.read(logical))
+                    self._put(slot, source.read(logical), source.biases(logical))
 
     def load_weights_from_tensors(
-        self, gate: Tensor, up: Tensor, down: Tensor, physical_to_logical_map: Tensor | None = None
+        self,
+        gate: Tensor | None,
+        up: Tensor,
+        down: Tensor,
+        physical_to_logical_map: Tensor | None = None,
+        *,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
     ) -> None:
         """Loads (quantises) this layer's experts from tensors, which are not needed afterwards.
 
         gate, up: bf16 CPU [n, inter, hidden]; down: bf16 CPU [n, hidden, inter]; n = num_experts unless a map is given.
+        gate is None for activation="relu2". gate_bias, up_bias [n, inter], down_bias [n, hidden]: bf16 or fp32; one
+        that is missing beside others counts as zeros.
         physical_to_logical_map: as in `load_weights`. TypeError or ValueError before anything is changed.
         """
-        h, i = self.hidden_size, self.moe_intermediate_size
-        mapped = physical_to_logical_map is not None and isinstance(gate, Tensor) and gate.dim() == 3
-        n = gate.shape[0] if mapped else self.num_experts
-        for name, tensor, shape in (("gate", gate, (n, i, h)), ("up", up, (n, i, h)), ("down", down, (n, h, i))):
-            _check_weight(name, tensor, shape)
+        first = up if gate is None else gate
+        mapped = physical_to_logical_map is not None and isinstance(first, Tensor) and first.dim() == 3
+        n = first.shape[0] if mapped else self.num_experts
+        tensors = (gate, up, down, gate_bias, up_bias, down_bias)
+        self._check_weights((n,), tensors)
         slots = self._slots(physical_to_logical_map, n, "gate, up, down")
         with self._loading(self._own_formats()):
             for slot, logical in slots:
-                self.load_expert(slot, gate[logical], up[logical], down[logical])
+                biases = {n: t[logical] for n, t in zip(_BIASES, tensors[3:], strict=True) if t is not None}
+                own_gate = None if gate is None else gate[logical]
+                self.load_expert(slot, own_gate, up[logical], down[logical], **biases)
 
-    def load_expert(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    def load_expert(
+        self,
+        expert: int,
+        gate: Tensor | None,
+        up: Tensor,
+        down: Tensor,
+        *,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
         """Loads one expert, for callers that stream: gate, up bf16 CPU [inter, hidden]; down bf16 CPU [hidden, inter].
 
-        Tensors that are not contiguous are copied first. Loading an expert again replaces it.
-        ValueError for an expert that is on the GPU.
+        gate is None for activation="relu2". gate_bias, up_bias [inter], down_bias [hidden]: bf16 or fp32, as in
+        `load_weights_from_tensors`. Tensors that are not contiguous are copied first. Loading an expert again replaces
+        it and its biases. ValueError for an expert that is on the GPU, and if some experts come with biases and others
+        without.
         """
         from .io.published import plain
 
-        h, i = self.hidden_size, self.moe_intermediate_size
-        for name, tensor, shape in (("gate", gate, (i, h)), ("up", up, (i, h)), ("down", down, (h, i))):
-            _check_weight(name, tensor, shape)
-        self._put(expert, [plain(t.detach()) for t in (gate, up, down)])
+        tensors = (gate, up, down, gate_bias, up_bias, down_bias)
+        self._check_weights((), tensors)
+        matrices = [None if t is None else plain(t.detach()) for t in tensors[:3]]
+        biases = {name: t.detach() for name, t in zip(_BIASES, tensors[3:], strict=True) if t is not None}
+        self._put(expert, matrices, biases)
 
-    def _put(self, expert: int, matrices: Iterable[PublishedMatrix]) -> None:
-        """Hands gate, up and down of one expert to the engine."""
+    def _put(self, expert: int, matrices: Sequence[PublishedMatrix | None], biases: Mapping[str, Tensor]) -> None:
+        """Hands gate (None without one), up and down of one expert to the engine."""
         from .io.published import convert
 
         gate_up, down = self._formats
-        ready = [convert(m, f) for m, f in zip(matrices, (gate_up, gate_up, down), strict=True)]
+        ready = [None if m is None else convert(m, f) for m, f in zip(matrices, (gate_up, gate_up, down), strict=True)]
+        arrays: list[Any] = [None if m is None else [to_dlpack(p.contiguous()) for p in m.parts] for m in ready]
+        extra: dict[str, Any] = {name: to_dlpack(t.to(_F32).contiguous()) for name, t in biases.items()}
         if self._formats == ("bf16", "bf16"):
-            self.layer.load_expert(expert, *(to_dlpack(m.parts[0].contiguous()) for m in ready))
+            self.layer.load_expert(expert, *(None if parts is None else parts[0] for parts in arrays), **extra)
         else:
-            self.layer.load_expert_raw(expert, *([to_dlpack(part.contiguous()) for part in m.parts] for m in ready))
+            self.layer.load_expert_raw(expert, *arrays, **extra)
+
+    def _check_weights(self, lead: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
+        """tensors: the three matrices and their biases, of as many experts as `lead` says."""
+        h, i = self.hidden_size, self.moe_intermediate_size
+        shapes = ((i, h), (i, h), (h, i), (i,), (i,), (h,))
+        for name, tensor, shape in zip(("gate", "up", "down", *_BIASES), tensors, shapes, strict=True):
+            is_bias = len(shape) == 1
+            if name.startswith("gate") and not self.gated:
+                if tensor is not None:
+                    activation = self.config.activation
+                    raise TypeError(f"{name}: got {_kind(tensor)}, expected None: {activation!r} experts have no gate")
+            elif tensor is not None or not is_bias:
+                _check_weight(name, tensor, (*lead, *shape), (_BF16, _F32) if is_bias else (_BF16,))
 
     @contextmanager
     def _loading(self, formats: tuple[str, str]) -> Iterator[None]:
@@ -298,11 +349,15 @@ class BaseMoEWrapper:
     clear_forward_cache = only_in("sft", "clear_forward_cache")
 
 
-def _check_weight(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _check_weight(name: str, tensor: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.dtype is not _BF16:
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected torch.bfloat16")
+        raise TypeError(f"{name}: got {_kind(tensor)}, expected a torch.Tensor")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
     if not tensor.is_cpu:
         raise TypeError(f"{name}: got device {tensor.device}, expected cpu")
     if tuple(tensor.shape) != shape:

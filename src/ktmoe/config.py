@@ -22,6 +22,7 @@ MAX_EXPERTS = 65_536
 MAX_RANK = 4_096
 GROUP_SIZES = (32, 64, 128)
 GGUF_TYPES = ("Q4_K", "Q8_0", "Q4_0")
+ACTIVATIONS = ("silu", "gelu_tanh", "relu2")
 _MAX_COUNT = 2**31 - 1
 
 
@@ -80,6 +81,12 @@ class MoEConfig:
     swiglu_alpha: float = 0.0
     group_size: int = 32
     gguf_type: str = "Q4_K"
+    activation: str = "silu"
+
+    @property
+    def gated(self) -> bool:
+        """False: the experts have no gate, h comes from up alone."""
+        return self.activation != "relu2"
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -110,6 +117,7 @@ class MoEConfig:
             put("weight_path", os.fspath(self.weight_path))
         except TypeError:
             raise TypeError(f"weight_path: got {self.weight_path!r}, expected the path of a folder") from None
+        self._check_activation(put)
         self._check_unbuilt()
 
     def _check_gpu(self, put: Any, prefix: int) -> None:
@@ -132,6 +140,19 @@ class MoEConfig:
         put("numa_nodes", nodes)
         put("threadpool_count", count)
 
+    def _check_activation(self, put: Any) -> None:
+        if not isinstance(self.activation, str):
+            raise TypeError(f"activation: got {self.activation!r}, expected a string")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: got {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        for name in ("swiglu_limit", "swiglu_alpha"):
+            value = _number(name, getattr(self, name))
+            if value < 0:
+                raise ValueError(f"{name}: got {value}, expected 0.0 or more")
+            if value and self.activation != "silu":
+                raise ValueError(f"{name}: got {value} with activation={self.activation!r}, expected 0.0")
+            put(name, value)
+
     def _check_unbuilt(self) -> None:
         """Accepted by the signature for the sake of its clients, but no code behind it yet."""
         if not isinstance(self.cpu_save, bool):
@@ -144,10 +165,6 @@ class MoEConfig:
                 raise NotImplementedError(
                     f"max_deferred_experts_per_token={deferred} is not implemented yet: pass None or 0"
                 )
-        for name in ("swiglu_limit", "swiglu_alpha"):
-            value = _number(name, getattr(self, name))
-            if value != 0.0:
-                raise NotImplementedError(f"{name}={value} is not implemented yet: pass 0.0 (plain SwiGLU)")
 
 
 @dataclass(frozen=True)

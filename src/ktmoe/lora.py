@@ -1,6 +1,6 @@
 """LoRA tensors of one layer and their packed mirror.
 
-The engine computes with a packed bf16 copy of the six matrices. `LoraMirror` keeps that copy and renews it only when
+The engine computes with a packed bf16 copy of the matrices. `LoraMirror` keeps that copy and renews it only when
 the tensors have changed. Whoever runs a forward or backward holds the `PackedLora` it got, and a held copy is never
 overwritten: changed tensors then go into a new one. So a backward always uses the values of its own forward.
 """
@@ -24,14 +24,15 @@ LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora
 
 
 class LoraTensors(NamedTuple):
-    """The six LoRA matrices of a layer, bf16 or fp32 on the CPU, any strides.
+    """The LoRA matrices of a layer, bf16 or fp32 on the CPU, any strides.
 
     gate_a, up_a [n_experts, rank, hidden]; gate_b, up_b [n_experts, inter, rank]; down_a [n_experts, rank, inter];
-    down_b [n_experts, hidden, rank]. `gate_a` may be `up_a`. `scaling` multiplies the LoRA term (alpha / rank).
+    down_b [n_experts, hidden, rank]. `gate_a` may be `up_a`; both gate matrices are None for experts without a gate.
+    `scaling` multiplies the LoRA term (alpha / rank).
     """
 
-    gate_a: Tensor
-    gate_b: Tensor
+    gate_a: Tensor | None
+    gate_b: Tensor | None
     up_a: Tensor
     up_b: Tensor
     down_a: Tensor
@@ -41,19 +42,33 @@ class LoraTensors(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The six matrices in the order of `LORA_NAMES`."""
-        return self[:6]
+        """The matrices that there are, in the order of `LORA_NAMES`: six, or the last four without a gate."""
+        return tuple(t for t in self[:6] if t is not None)
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], scaling: float, rank: int) -> LoraTensors:
+        """The inverse of `tensors`."""
+        return cls._make((*(None,) * (6 - len(tensors)), *tensors, scaling, rank))
 
 
-def lora_shapes(n_experts: int, hidden: int, inter: int, rank: int) -> tuple[tuple[int, int, int], ...]:
-    """The six shapes in the order of `LORA_NAMES`."""
+def lora_shapes(
+    n_experts: int, hidden: int, inter: int, rank: int, gated: bool = True
+) -> tuple[tuple[int, int, int], ...]:
+    """The six shapes in the order of `LORA_NAMES`; the last four without a gate."""
     a, b = (n_experts, rank, hidden), (n_experts, inter, rank)
-    return (a, b, a, b, (n_experts, rank, inter), (n_experts, hidden, rank))
+    return (a, b) * (2 if gated else 1) + ((n_experts, rank, inter), (n_experts, hidden, rank))
 
 
-def check_lora(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], prefix: str = "") -> None:
-    """TypeError (type, dtype, device) or ValueError (shape) naming the first tensor that does not fit."""
-    for name, tensor, shape in zip(LORA_NAMES, tensors, shapes, strict=True):
+def check_lora(tensors: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]], prefix: str = "") -> None:
+    """TypeError (type, dtype, device) or ValueError (shape) naming the first tensor that does not fit.
+
+    tensors: six, of which the first two are None where `shapes` (as from `lora_shapes`) are those of no gate.
+    """
+    n_none = len(LORA_NAMES) - len(shapes)
+    for name, tensor in zip(LORA_NAMES[:n_none], tensors, strict=False):
+        if tensor is not None:
+            raise TypeError(f"{prefix}{name}: got {type(tensor).__name__}, expected None: the experts have no gate")
+    for name, tensor, shape in zip(LORA_NAMES[n_none:], tensors[n_none:], shapes, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{prefix}{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         if tensor.dtype not in (torch.bfloat16, torch.float32):
@@ -106,10 +121,11 @@ class PackedLora:
 class LoraMirror:
     """The packed LoRA of one layer, for tensors that the caller owns and changes. Safe to use from several threads."""
 
-    def __init__(self, pool: _ext.ThreadPool, n_experts: int, hidden: int, inter: int) -> None:
+    def __init__(self, pool: _ext.ThreadPool, n_experts: int, hidden: int, inter: int, gated: bool = True) -> None:
         _install_hook()
         self._pool = pool
         self._dims = (n_experts, hidden, inter)
+        self._gated = gated
         self._current: PackedLora | None = None
         self._lock = threading.Lock()
         self.packs = 0
@@ -127,9 +143,9 @@ class LoraMirror:
             if current is not None and current.key == key and not force:
                 return current
             del current
-            check_lora(lora.tensors, lora_shapes(*self._dims, lora.rank))
+            check_lora(lora[:6], lora_shapes(*self._dims, lora.rank, self._gated))
             adapter = self._free_adapter(lora)
-            adapter.update(self._pool, *(to_dlpack(t.detach()) for t in lora.tensors))
+            adapter.update(self._pool, *(None if t is None else to_dlpack(t.detach()) for t in lora[:6]))
             self.packs += 1
             self._current = PackedLora(adapter, key, lora.tensors)
             return self._current
@@ -152,4 +168,4 @@ class LoraMirror:
             # Reference counting frees it at once, so a live reference means a forward that waits for its backward.
             if fits and holders() is None:
                 return adapter
-        return _ext.LoraAdapter(*self._dims, lora.rank, lora.scaling)
+        return _ext.LoraAdapter(*self._dims, lora.rank, lora.scaling, self._gated)

@@ -32,17 +32,17 @@ class Method:
 
 
 _ROWS = (
-    Method("AMXINT4", "inference", "AMXMoEWrapper", None, implemented=False),
+    Method("AMXINT4", "inference", "AMXMoEWrapper", "int4"),
     Method("AMXINT8", "inference", "AMXMoEWrapper", "int8"),
     Method("RAWINT4", "inference", "NativeMoEWrapper", "int4_g32", published="int4"),
     Method("FP8", "inference", "NativeMoEWrapper", "fp8", published="fp8"),
     Method("BF16", "inference", "NativeMoEWrapper", "bf16"),
     Method("LLAMAFILE", "inference", "LlamafileMoEWrapper", "q4_k", published="gguf"),
-    Method("MOE_INT4", "inference", "GeneralMoEWrapper", None, implemented=False, amx=False),
+    Method("MOE_INT4", "inference", "GeneralMoEWrapper", "int4", amx=False),
     Method("MOE_INT8", "inference", "GeneralMoEWrapper", "int8", amx=False),
     Method("AMXBF16_SFT", "sft", "AMXSFTMoEWrapper", "bf16"),
     Method("AMXINT8_SFT", "sft", "AMXSFTMoEWrapper", "int8"),
-    Method("AMXINT4_SFT", "sft", "AMXSFTMoEWrapper", None, implemented=False),
+    Method("AMXINT4_SFT", "sft", "AMXSFTMoEWrapper", "int4"),
     Method("AMXINT4_KGroup_SFT", "sft", "AMXSFTMoEWrapper", None, implemented=False),
 )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .base import BaseMoEWrapper
 from .config import MoEConfig, SFTConfig
 from .errors import cache_full, invalid_cache_index, lora_not_initialized, no_cache, weights_not_loaded
-from .lora import LORA_NAMES, LoraMirror, LoraTensors, PackedLora, check_lora, lora_shapes
+from .lora import LORA_NAMES, LoraTensors, PackedLora, check_lora, lora_shapes
 from .methods import Method
 from .runtime import reset_after_fork
 from .train import SavedForward, empty_f32, run_backward, run_forward
@@ -23,7 +23,7 @@ GRAD_NAMES = tuple(f"grad_{name}" for name in LORA_NAMES)
 
 
 class LoraGrads(dict[str, Tensor]):
-    """The six LoRA gradients of one backward, fp32, under the names `GRAD_NAMES`."""
+    """The LoRA gradients of one backward, fp32, under the names `GRAD_NAMES`: six, or the last four without a gate."""
 
     grad_topk_weights: Tensor
     """Gradient of the routing weights: fp32, shaped like the weights of the forward."""
@@ -51,9 +51,7 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
         self.lora_scaling = self.sft_config.scaling
         self.max_cache_depth = self.sft_config.max_cache_depth
         # Not the mirror of moe_forward: two users with different adapters would pack in turns.
-        self._own_mirror = LoraMirror(
-            self.cpu_infer.pool, config.num_experts, config.hidden_size, config.moe_intermediate_size
-        )
+        self._own_mirror = self._new_mirror()
         self._lora: LoraTensors | None = None
         self._grad_buffers: tuple[Tensor, ...] | None = None
         self._waiting: list[_Waiting] = []
@@ -75,8 +73,8 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
     # --- LoRA weights ---------------------------------------------------------------------------------------------
     def init_lora_weights(
         self,
-        gate_lora_a: Tensor,
-        gate_lora_b: Tensor,
+        gate_lora_a: Tensor | None,
+        gate_lora_b: Tensor | None,
         up_lora_a: Tensor,
         up_lora_b: Tensor,
         down_lora_a: Tensor,
@@ -91,19 +89,21 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
         """Sets the LoRA matrices: bf16 or fp32 CPU tensors that stay the caller's, and are read again when they change.
 
         gate/up A [num_experts, rank, hidden], gate/up B [num_experts, inter, rank], down A [num_experts, rank, inter],
-        down B [num_experts, hidden, rank]. The optional buffers, all six or none, have the same shapes; each backward
-        overwrites them with its gradients (fp32 contiguous buffers are written without a copy).
+        down B [num_experts, hidden, rank]. Experts without a gate (activation="relu2") have no gate matrices: None.
+        The optional buffers, all or none, have the same shapes; each backward overwrites them with its gradients (fp32
+        contiguous buffers are written without a copy).
         TypeError (dtype, device) or ValueError (shape); what was set before then stays.
         """
         tensors = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
-        shapes = lora_shapes(self.num_experts, self.hidden_size, self.moe_intermediate_size, self.lora_rank)
+        shapes = self._lora_shapes()
         check_lora(tensors, shapes)
         given = (grad_gate_lora_a, grad_gate_lora_b, grad_up_lora_a, grad_up_lora_b, grad_down_lora_a, grad_down_lora_b)
         buffers = tuple(g.detach() for g in given if g is not None)
-        if len(buffers) not in (0, 6):
-            raise ValueError(f"grad buffers: got {len(buffers)}, expected all six or none")
+        if len(buffers) not in (0, len(shapes)):
+            expected = "six" if self.gated else "four (the experts have no gate)"
+            raise ValueError(f"grad buffers: got {len(buffers)}, expected all {expected} or none")
         if buffers:
-            check_lora(buffers, shapes, prefix="grad_")
+            check_lora(given, shapes, prefix="grad_")
         with self._alone():
             lora = LoraTensors(*tensors, self.lora_scaling, self.lora_rank)
             self._own_mirror.acquire(lora, force=True)
@@ -153,8 +153,9 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
         """Gradients of one waiting forward, the latest one unless `cache_idx` (0 = oldest) says otherwise.
 
         grad_output: bf16, shaped like the output of that forward. Returns (grad_input, grad_loras): grad_input bf16 of
-        the same shape; grad_loras has the six fp32 gradients and the attribute `grad_topk_weights`. The values of the
-        LoRA weights are those of that forward, whatever happened to the tensors since.
+        the same shape; grad_loras has the fp32 gradients (six, or four for experts without a gate) and the attribute
+        `grad_topk_weights`. The values of the LoRA weights are those of that forward, whatever happened to the tensors
+        since.
         RuntimeError if weights or LoRA are not set, if no forward waits, or if `cache_idx` names none; TypeError and
         ValueError for grad_output, after which the forward still waits.
         """
@@ -180,7 +181,7 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
             for buffer, grad in zip(self._grad_buffers or (), grads.lora, strict=False):
                 if buffer is not grad:
                     buffer.copy_(grad)
-        result = LoraGrads(zip(GRAD_NAMES, grads.lora, strict=True))
+        result = LoraGrads(zip(GRAD_NAMES[-len(grads.lora) :], grads.lora, strict=True))
         result.grad_topk_weights = grads.weights.view(weights_shape)
         return grads.hidden.view(hidden_shape), result
 
@@ -200,11 +201,14 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
             raise invalid_cache_index(cache_idx, depth)
         return index
 
+    def _lora_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        dims = self.num_experts, self.hidden_size, self.moe_intermediate_size
+        return lora_shapes(*dims, self.lora_rank, self.gated)
+
     def _grad_targets(self) -> list[Tensor]:
-        """Six fp32 tensors for the engine to write: the caller's buffers where they fit, new ones elsewhere."""
-        shapes = lora_shapes(self.num_experts, self.hidden_size, self.moe_intermediate_size, self.lora_rank)
+        """fp32 tensors for the engine to write: the caller's buffers where they fit, new ones elsewhere."""
         if self._grad_buffers is None:
-            return [empty_f32(shape) for shape in shapes]
+            return [empty_f32(shape) for shape in self._lora_shapes()]
         return [b if b.dtype is torch.float32 and b.is_contiguous() else empty_f32(b.shape) for b in self._grad_buffers]
 
     def _grad_rows(self, grad_output: Tensor, shape: torch.Size) -> Tensor:

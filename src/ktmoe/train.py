@@ -28,7 +28,7 @@ class Gradients(NamedTuple):
     weights: Tensor | None
     """fp32 [n_tokens, top_k]."""
     lora: list[Tensor] | None
-    """Six fp32 tensors in the order of `LORA_NAMES`."""
+    """fp32, one for each LoRA tensor that there is, in the order of `LORA_NAMES`."""
 
 
 def empty_f32(shape: Sequence[int]) -> Tensor:
@@ -59,7 +59,8 @@ def run_backward(
     """Gradients of one saved forward; may be called more than once for it.
 
     grad_out: bf16 [n_tokens, hidden]. hidden_dtype: bf16 or fp32, None = no gradient for hidden.
-    top_k: None = no gradient for the routing weights. lora: six fp32 C-contiguous tensors that are overwritten.
+    top_k: None = no gradient for the routing weights. lora: fp32 C-contiguous tensors, one for
+    each LoRA tensor, that are overwritten.
     """
     n_tokens = grad_out.shape[0]
     hidden = None if hidden_dtype is None else torch.empty(grad_out.shape, dtype=hidden_dtype, device="cpu")

@@ -41,7 +41,12 @@ class KTMoEWrapper(BaseMoEWrapper):
     gpu_experts_mask: bool [num_experts], which experts are on the GPU; wins over num_gpu_experts.
     group_size: 32, 64 or 128, weights to a scale where RAWINT4 quantises bf16 tensors; files bring their own.
     gguf_type: "Q4_K", "Q8_0" or "Q4_0", what LLAMAFILE makes of bf16 tensors.
-    numa_nodes: the NUMA node of each sub-pool. swiglu_limit, swiglu_alpha: only 0.0 so far.
+    numa_nodes: the NUMA node of each sub-pool.
+    activation: what an expert does with g = gate(x) and u = up(x) before its down projection.
+        "silu": h = g * sigmoid(g) * u. swiglu_limit > 0 clamps first: g <= limit, -limit <= u <= limit.
+        swiglu_alpha > 0 makes it h = g * sigmoid(alpha * g) * (u + 1), with a limit or without (GPT-OSS, MiniMax-M3).
+        "gelu_tanh": h = gelu(g, tanh approximation) * u.
+        "relu2": h = max(u, 0)^2. These experts have no gate: gate is None wherever matrices or LoRA tensors are given.
 
     ValueError for an unknown mode, a method of the other mode, and a value out of range; TypeError for a wrong type;
     NotImplementedError for what is not built yet.
@@ -75,6 +80,7 @@ class KTMoEWrapper(BaseMoEWrapper):
         swiglu_alpha: float = 0.0,
         group_size: int = 32,
         gguf_type: str = "Q4_K",
+        activation: str = "silu",
     ) -> BaseMoEWrapper:
         row = resolve(method, mode)
         config = MoEConfig(
@@ -96,6 +102,7 @@ class KTMoEWrapper(BaseMoEWrapper):
             swiglu_alpha=swiglu_alpha,
             group_size=group_size,
             gguf_type=gguf_type,
+            activation=activation,
         )
         if row.mode == "sft":
             return AMXSFTMoEWrapper(config, row, SFTConfig(lora_rank, lora_alpha, max_cache_depth))

@@ -9,9 +9,9 @@ vectors, |dy| |y| / sqrt(hidden); and the gradient of A for few tokens and a sma
 import pytest
 import torch
 from oracle.bounds import cosine, relative
-from oracle.experts import LORA_NAMES, Lora, layer_forward
+from oracle.experts import ACTIVATIONS, LORA_NAMES, Activation, Lora, layer_forward
 from oracle.layers import Inputs, Layer, Shape, assert_same, grad_out, make_inputs, make_lora
-from oracle.registry import BLOCK_ROWS, LAYER_SCALED, each_isa, each_layer_format
+from oracle.registry import BLOCK_ROWS, LAYER_SCALED, each_activation, each_format, each_isa, each_layer_format
 
 SHAPES = [Shape(4, 2, 64, 48), Shape(8, 3, 100, 70), Shape(3, 2, 160, 33), Shape(2, 1, 96, 272), Shape(2, 2, 290, 40)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -22,10 +22,8 @@ def reference(layer: Layer, x: Inputs, dy: torch.Tensor, lora: Lora | None, scal
     leaves |= {n: t.double() for n, t in (lora or {}).items()}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    adapters = {n: leaves[n] for n in LORA_NAMES} if lora else None
-    out = layer_forward(
-        layer.dequantized(), leaves["input"], x.ids, leaves["weights"], adapters, scaling, layer.rounding
-    )
+    adapters = {n: leaves[n] for n in lora} if lora else None
+    out = layer.exact(leaves["input"], x.ids, leaves["weights"], adapters, scaling)
     grads = torch.autograd.grad(out, list(leaves.values()), dy.double(), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, grads, strict=True))
 
@@ -53,7 +51,7 @@ def check(isa: str, fmt: str, layer: Layer, x: Inputs, lora: Lora | None, scalin
     error = float((got["weights"].double() - want["weights"]).norm())
     size = router_size(layer, x, dy, lora, scaling)
     assert error <= 3 * bound_of(fmt) * size, f"{isa}/{fmt} {what}: router gradient is off by {error:.4g} of {size:.4g}"
-    few = lora is not None and x.tokens * layer.shape.top_k * lora["gate_a"].shape[1] < 16
+    few = lora is not None and x.tokens * layer.shape.top_k * lora["up_a"].shape[1] < 16
     compare(got, {n: g for n, g in want.items() if n != "weights"}, fmt, f"{isa}/{fmt} {what}", 3 if few else 1)
 
 
@@ -90,6 +88,32 @@ def test_lora(isa: str, fmt: str, shape: Shape, rank: int) -> None:
     layer, lora = Layer(shape, fmt, isa), make_lora(shape, rank)
     for tokens in (2, 40):
         check(isa, fmt, layer, make_inputs(shape, tokens), lora, 2.5, f"{shape} rank={rank} tokens={tokens}")
+
+
+@each_isa
+@each_format
+@each_activation
+@pytest.mark.parametrize("biases", [False, True], ids=["", "biases"])
+def test_activations_and_biases(isa: str, fmt: str, activation: Activation, biases: bool) -> None:
+    """The router gradient includes the bias of down; LoRA gradients see biases in what they are multiplied with."""
+    for shape in (Shape(4, 2, 100, 70), Shape(2, 1, 64, 272)):
+        layer = Layer(shape, fmt, isa, activation=activation, with_biases=biases)
+        lora = make_lora(shape, 6, gated=activation.gated)
+        x = make_inputs(shape, 40, "mixed")
+        check(isa, fmt, layer, x, lora, 2.5, f"{shape} lora")
+        check(isa, fmt, layer, x, None, 1.0, f"{shape} base")
+
+
+@each_isa
+def test_ungated_gradients_of_idle_experts_and_chunks(isa: str) -> None:
+    shape = Shape(6, 2, 64, 48)
+    layer = Layer(shape, "bf16", isa, chunk_tokens=7, activation=ACTIVATIONS["relu2"])
+    lora, x = make_lora(shape, 3, gated=False), make_inputs(shape, 20)
+    x.ids[:7], x.ids[7:] = x.ids[:7] % 2, x.ids[7:] % 4
+    check(isa, "bf16", layer, x, lora, 1.0, "chunks")
+    adapter = layer.adapter(lora)
+    grads = layer.backward(layer.train(x, adapter)[1], grad_out(20, 64), adapter, lora)
+    assert all((grads[name][4:] == 0).all() and (grads[name][:4] != 0).any() for name in lora)
 
 
 @each_isa

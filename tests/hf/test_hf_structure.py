@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import _default_apply_gate
 
-from ktmoe.hf.structure import UnsupportedExpertsError, find_experts, looks_like_experts, why_unsupported
+from ktmoe.hf.activation import GateFunction, recognise
+from ktmoe.hf.structure import UnsupportedExpertsError, find_experts, looks_like_experts, recognise_or_reason
 
 E, H, INTER = 4, 16, 6
 
@@ -31,9 +32,92 @@ class Experts(nn.Module):
             setattr(self, name, value)
 
 
+class Clamped(Experts):
+    """As in GPT-OSS, MiniMax-M3 (alpha), HY-V4 (no alpha): the names of the attributes differ."""
+
+    def __init__(self, limit: float, alpha: float | None = None, shift: float = 1, **flags: Any) -> None:
+        super().__init__(**flags)
+        self.swiglu_limit, self.alpha, self.shift = limit, alpha, shift
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1) if self.is_concatenated else (gate_up[..., ::2], gate_up[..., 1::2])
+        gate, up = gate.clamp(max=self.swiglu_limit), up.clamp(-self.swiglu_limit, self.swiglu_limit)
+        if self.alpha is None:
+            return nn.functional.silu(gate) * up
+        return gate * torch.sigmoid(self.alpha * gate) * (up + self.shift)
+
+
+class Ungated(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.empty(E, INTER, H, device="meta"))
+        self.down_proj = nn.Parameter(torch.empty(E, H, INTER, device="meta"))
+        self.act_fn = act
+        self.has_gate, self.has_bias, self.is_transposed, self.is_concatenated = False, False, False, True
+
+
+class Transposed(Experts):
+    """With biases, as in GPT-OSS."""
+
+    def __init__(self) -> None:
+        super().__init__((E, H, 2 * INTER), has_bias=True, is_transposed=True)
+        self.down_proj = nn.Parameter(torch.empty(E, INTER, H, device="meta"))
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(E, 2 * INTER, device="meta"))
+        self.down_proj_bias = nn.Parameter(torch.empty(E, H, device="meta"))
+
+
 class OwnGate(Experts):
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return gate_up
+
+
+class Raising(Experts):
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("needs something else")
+
+
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x).square()
+
+
+@pytest.mark.parametrize(
+    ("module", "gate"),
+    [
+        (Experts(), GateFunction("silu")),
+        (Experts(act_fn=nn.GELU("tanh")), GateFunction("gelu_tanh")),
+        (Experts(is_concatenated=False), None),  # its gate takes halves
+        (Clamped(7.0), GateFunction("silu", 7.0)),
+        (Clamped(7.0, 1.702), GateFunction("silu", 7.0, 1.702)),
+        (Clamped(0.5, 1.0), GateFunction("silu", 0.5, 1.0)),
+        (Clamped(30.0, 1.702, is_concatenated=False), GateFunction("silu", 30.0, 1.702)),
+        (Clamped(7.0, 1.702, shift=0), None),
+        (Clamped(-1.0), None),
+        (Ungated(relu2), GateFunction("relu2")),
+        (Ungated(nn.ReLU()), None),
+        (Ungated(nn.SiLU()), None),
+        (OwnGate(), None),
+        (Raising(), None),
+    ],
+)
+def test_gates_are_recognised_by_trying_them(module: nn.Module, gate: GateFunction | None) -> None:
+    assert recognise(module) == gate
+    if gate is not None:
+        assert recognise_or_reason(module) == gate
+
+
+def test_transposed_and_biased() -> None:
+    (spec,) = find_experts(Model(Transposed()), SimpleNamespace(num_experts_per_tok=2))
+    assert (spec.n_experts, spec.hidden, spec.inter) == (E, H, INTER)
+    assert spec.stacks == {"gate_up_proj": (E, H, 2 * INTER), "down_proj": (E, INTER, H)}
+    assert spec.biases == {"gate_up_proj_bias": (E, 2 * INTER), "down_proj_bias": (E, H)}
+    assert spec.transposed
+    assert not spec.interleaved
+
+
+def test_ungated() -> None:
+    (spec,) = find_experts(Model(Ungated(relu2)), SimpleNamespace(num_experts_per_tok=2))
+    assert spec.stacks == {"up_proj": (E, INTER, H), "down_proj": (E, H, INTER)}
+    assert not spec.gated
 
 
 class Model(nn.Module):
@@ -52,18 +136,18 @@ def test_recognised() -> None:
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (Experts(has_gate=False), "no gate"),
-        (Experts(has_bias=True), "bias"),
-        (Experts(is_transposed=True), "transposed"),
-        (Experts(is_concatenated=False), "interleaved"),
+        (Experts(has_gate=False), "up_proj: it is missing"),
+        (Experts(has_bias=True), "gate_up_proj_bias: it is missing"),
+        (Experts(is_transposed=True), "do not fit together"),
         (Experts(has_post_expert_norm=True), "ends in a norm"),
-        (Experts(act_fn=nn.GELU()), "GELU, not SiLU"),
+        (Experts(act_fn=nn.GELU()), "its activation is none that ktmoe knows (act_fn GELU, has_gate=True)"),
         (Experts(gate_up=(E, H, 2 * INTER)), "do not fit together"),
-        (OwnGate(), "a gate of its own"),
+        (OwnGate(), "its activation is none that ktmoe knows"),
+        (Ungated(nn.SiLU()), "act_fn SiLU, has_gate=False"),
     ],
 )
 def test_refused_with_the_reason(module: nn.Module, reason: str) -> None:
-    assert reason in str(why_unsupported(module))
+    assert reason in str(recognise_or_reason(module))
     with pytest.raises(UnsupportedExpertsError, match=type(module).__name__):
         find_experts(Model(module), SimpleNamespace(num_experts_per_tok=2))
 
@@ -71,7 +155,7 @@ def test_refused_with_the_reason(module: nn.Module, reason: str) -> None:
 def test_modules_outside_the_interface_are_refused() -> None:
     module = Experts()
     del module.has_gate, module.is_transposed
-    assert "interface (no has_gate, is_transposed)" in str(why_unsupported(module))
+    assert "interface (no has_gate, is_transposed)" in str(recognise_or_reason(module))
 
 
 def test_top_k_must_be_known() -> None:

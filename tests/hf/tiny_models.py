@@ -61,15 +61,88 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    # Biases, OAI SwiGLU, transposed stacks in which gate and up alternate.
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": INTER,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 2.5,
+        },
+    ),
+    # OAI SwiGLU on stacks as usual.
+    "minimax_m3": (
+        "MiniMaxM3VL",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rotary_dim": 8,
+            "intermediate_size": INTER,
+            "shared_intermediate_size": INTER,
+            "dense_intermediate_size": INTER,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "mlp_layer_types": ["sparse", "sparse"],
+            "layer_types": ["full_attention", "full_attention"],
+            "swiglu_limit": 2.5,
+        },
+    ),
+    # Clamped SwiGLU.
+    "hy_v4": (
+        "HYV4",
+        {
+            **_MLA,
+            "head_dim": 24,
+            "intermediate_size": 96,
+            "moe_intermediate_size": INTER,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "mlp_layer_types": ["sparse", "sparse"],
+            "swiglu_limit": 2.5,
+        },
+    ),
+    # gelu_tanh(gate) * up.
+    "gemma4": (
+        "Gemma4",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "intermediate_size": 96,
+            "moe_intermediate_size": INTER,
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 2,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 16,
+            "tie_word_embeddings": False,
+        },
+    ),
+    # No gate: relu(up)^2.
+    "nemotron_h": (
+        "NemotronH",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "layers_block_type": ["attention", "moe", "attention", "moe"],
+            "moe_intermediate_size": INTER,
+            "moe_shared_expert_intermediate_size": INTER,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
 
 
 def make_checkpoint(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """Saves a random bf16 model of `family` to `folder` and returns it."""
     name, settings = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**(_COMMON | settings | overrides))
+    model_class = getattr(transformers, f"{name}ForCausalLM")
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    model = model_class(model_class.config_class(**(_COMMON | settings | overrides)))
     with torch.no_grad():
         # The default init of 0.02 makes experts whose output is lost beside the residual stream.
         for param_name, param in model.named_parameters():

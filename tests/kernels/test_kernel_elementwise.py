@@ -1,11 +1,11 @@
-"""Quantisation of activations and SwiGLU: the same bits on every level."""
+"""Quantisation of activations, and biases: the same bits on every level."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import bf16
-from oracle.bounds import U16, assert_same_bits, assert_within
+from oracle.bounds import U32, assert_same_bits, assert_within, sum_bound
 from oracle.formats import int8_quantize_rows
 from oracle.kernels import Kernels
 from oracle.registry import ISAS, each_isa
@@ -58,42 +58,24 @@ def test_any_rows(isa: str, k: int, exponent: float, seed: int) -> None:
         check_rows(isa, bf16.narrow(np.exp2(rng.normal(exponent, 3, (3, k))) * rng.choice([-1, 1], (3, k))))
 
 
-def gate_up_blocks(m: int, panels: int) -> np.ndarray:
+@each_isa
+@pytest.mark.parametrize("m", [1, 2, 33])
+def test_bias_is_one_addition(isa: str, m: int) -> None:
     rng = np.random.default_rng(m)
-    c = rng.standard_normal((panels, m, 32), dtype=np.float32) * 6
-    c[0, 0, :16] = [0, -0.0, 1e-30, -1e-30, 20, -20, 86, -86, 87.5, -87.5, 88.5, -100, 1e4, -1e4, 1e30, -1e30]
-    c[0, 0, 16:] = 1
-    return c
+    c, bias = rng.standard_normal((3, m, 32), dtype=np.float32), rng.standard_normal(96, dtype=np.float32)
+    assert_same_bits(Kernels(isa).add_bias(c, bias), c + bias.reshape(3, 1, 32), f"m={m}")
 
 
-@each_isa
-@pytest.mark.parametrize("m", [1, 2, 7, 31, 33])
-def test_swiglu_against_float64(isa: str, m: int) -> None:
-    """Error: e^x to 1e-6, a handful of fp32 roundings, one rounding to bf16; e^-x is clamped beyond |x| = 87."""
-    for panels in (1, 3):
-        c = gate_up_blocks(m, panels)
-        h, gate_up = Kernels(isa).swiglu(c, h_ld=16 * panels + 5, gate_up_ld=32 * panels + 3)
-        g, u = (c[:, :, i : i + 16].astype(np.float64).swapaxes(0, 1).reshape(m, -1) for i in (0, 16))
-        with np.errstate(over="ignore"):
-            want = g / (1 + np.exp(-g)) * u
-        bound = (U16 + 2.0**-18) * np.abs(want) + np.abs(g * u) * 2.0**-124 + 2.0**-130
-        assert_within(bf16.widen(h), want, bound, f"h m={m}")
-        assert_same_bits(gate_up, bf16.narrow(c.swapaxes(0, 1).reshape(m, -1)), "kept gate and up")
-
-
-@each_isa
-def test_swiglu_of_nan_is_nan(isa: str) -> None:
-    for column in (3, 20):  # in gate, in up
-        c = np.ones((1, 2, 32), np.float32)
-        c[0, 1, column] = np.nan
-        h = bf16.widen(Kernels(isa).swiglu(c)[0])
-        assert np.isnan(h[1, column % 16])
-        assert np.isfinite(h).sum() == 31
-
-
-def test_swiglu_gives_equal_bits_on_every_level() -> None:
-    c = gate_up_blocks(40, 3)
-    want = Kernels("portable").swiglu(c)
-    for isa in ISAS:
-        for got, expected in zip(Kernels(isa).swiglu(c), want, strict=True):
-            assert_same_bits(got, expected, isa)
+def test_dot_rows_against_float64_and_on_every_level() -> None:
+    rng = np.random.default_rng(3)
+    for n in (1, 16, 33, 100):
+        rows, start = bf16.normal(rng, 5, n), rng.standard_normal(5, dtype=np.float32)
+        v = np.zeros(-(-n // 16) * 16, np.float32)
+        v[:n] = rng.standard_normal(n)
+        first = Kernels("portable").dot_rows(rows, v, start)
+        terms = bf16.widen(rows).astype(np.float64) * v[:n]
+        # A product of bf16 and fp32 is not exact in fp32.
+        bound = sum_bound(n + 1, np.abs(terms).sum(axis=1) + np.abs(start), term_error=U32)
+        assert_within(first, terms.sum(axis=1) + start, bound, f"n={n}")
+        for isa in ISAS:
+            assert_same_bits(Kernels(isa).dot_rows(rows, v, start, ld=3), first, f"{isa} n={n}")

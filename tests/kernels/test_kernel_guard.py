@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from oracle import bf16, child, layout
 from oracle.bounds import assert_same_bits
+from oracle.experts import ACTIVATIONS
 from oracle.formats import int8_quantize_rows
 from oracle.kernels import Kernels
 from oracle.memory import Guarded, Heap, Place
@@ -64,13 +65,19 @@ def small_kernels(isa: str, place: Place, m: int) -> dict[str, np.ndarray]:
         start = rng.standard_normal((columns, 16 * tiles), dtype=np.float32)
         out[f"outer gathered {columns}"] = kernels.outer(p, wide, 32, tiles, index=index, start=start)
     c = rng.standard_normal((2, m, 32), dtype=np.float32)
-    out["h"], out["gate|up"] = kernels.swiglu(c, h_ld=37, gate_up_ld=69)
     weight = rng.random(m, dtype=np.float32)
-    for panels in (1, 2, 3):
-        dh = rng.standard_normal((-(-panels // 2), m, 32), dtype=np.float32)
-        gate_up = bf16.normal(rng, m, 32 * panels)
-        for name, value in kernels.swiglu_backward(dh, gate_up, weight, ld=5).items():
-            out[f"swiglu backward {name} {panels}"] = value
+    for what, activation in ACTIVATIONS.items():
+        out[f"{what} h"], out[f"{what} gate|up"] = kernels.activate(c, ld=5, activation=activation)
+        for panels in (1, 2, 3):
+            blocks = -(-panels // 2) if activation.gated else panels
+            dh = rng.standard_normal((blocks, m, 32), dtype=np.float32)
+            gate_up = bf16.normal(rng, m, 32 * panels)
+            back = kernels.activate_backward(dh, gate_up, weight, ld=5, activation=activation)
+            out |= {f"{what} backward {name} {panels}": value for name, value in back.items()}
+    out["biased"] = kernels.add_bias(c, rng.standard_normal(64, dtype=np.float32))
+    for n in (1, 16, 33):
+        v = rng.standard_normal(-(-n // 16) * 16, dtype=np.float32)
+        out[f"dots {n}"] = kernels.dot_rows(bf16.normal(rng, m, n), v, weight, ld=3)
     out["c to bf16"], out["c to rows"] = kernels.c_out(c, weight, ld=7)
     rows = rng.standard_normal((m, 64), dtype=np.float32)
     row_of = np.array([m - 1, -1, 0], np.int32)

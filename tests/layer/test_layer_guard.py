@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from oracle import bf16, child
-from oracle.experts import LORA_NAMES
-from oracle.layers import Inputs, Layer, Shape, assert_same, make_inputs, make_lora, make_weights
+from oracle.experts import ACTIVATIONS, Activation
+from oracle.layers import Inputs, Layer, Shape, assert_same, make_biases, make_inputs, make_lora, make_weights
 from oracle.memory import Guarded, put, put_rows
 from oracle.registry import each_isa, each_layer_format
 
@@ -29,24 +29,27 @@ def test_every_tensor_of_the_caller(isa: str, fmt: str, side: str) -> None:
     def body(say: object) -> None:
         for shape in SHAPES:
             for tokens in (1, 3, 20):
-                say(f"{shape} tokens={tokens}")
-                one(Guarded(side), shape, tokens)
+                for name in ("silu", "relu2"):
+                    say(f"{shape} tokens={tokens} {name}")
+                    one(Guarded(side), shape, tokens, ACTIVATIONS[name])
 
-    def one(place: Guarded, shape: Shape, tokens: int) -> None:
-        plain = Layer(shape, fmt, isa)
-        lora, x = make_lora(shape, 5), make_inputs(shape, tokens)
+    def one(place: Guarded, shape: Shape, tokens: int, activation: Activation) -> None:
+        gated = activation.gated
+        plain = Layer(shape, fmt, isa, activation=activation, with_biases=True)
+        lora, x = make_lora(shape, 5, gated=gated), make_inputs(shape, tokens)
         adapter = plain.adapter(lora)
         dy = torch.randn(tokens, shape.hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
         out, cache = plain.train(x, adapter)
         want = plain.backward(cache, dy, adapter, lora)
 
-        layer = Layer(shape, fmt, isa)
+        layer = Layer(shape, fmt, isa, activation=activation)
+        layer.engine.unload()
         for e in range(shape.experts):
             shapes = ((shape.inter, shape.hidden), (shape.inter, shape.hidden), (shape.hidden, shape.inter))
             dequantized = [torch.from_numpy(put(place, np.zeros(s, np.float32), 4)) for s in shapes]
-            plain.engine.dequantize_expert(e, *dequantized)
-        for e, weights in enumerate(make_weights(shape)):
-            layer.load(e, *(guarded(place, w) for w in weights))
+            plain.engine.dequantize_expert(e, dequantized[0] if gated else None, *dequantized[1:])
+        for e, arrays in enumerate(zip(make_weights(shape, gated=gated), make_biases(shape, gated), strict=True)):
+            layer.load(e, *(None if t is None else guarded(place, t) for own in arrays for t in own))
         own = layer.adapter({n: guarded(place, t) for n, t in lora.items()})
         inputs = Inputs(guarded_rows(place, x.hidden), guarded(place, x.ids), guarded(place, x.weights))
         y = bf16.tensor(place.empty((tokens, shape.hidden), np.uint16, 2))
@@ -55,8 +58,8 @@ def test_every_tensor_of_the_caller(isa: str, fmt: str, side: str) -> None:
         layer.engine.forward(inputs.hidden, inputs.ids, inputs.weights, y, own)
         assert_same(y, out, "forward")
         grads = {n: torch.from_numpy(place.empty(tuple(t.shape), np.float32, 4)) for n, t in want.items()}
-        six = [grads[n] for n in LORA_NAMES]
-        layer.engine.backward(own_cache, guarded_rows(place, dy), own, grads["input"], grads["weights"], six)
+        own_grads = [grads[n] for n in lora]
+        layer.engine.backward(own_cache, guarded_rows(place, dy), own, grads["input"], grads["weights"], own_grads)
         for name, value in want.items():
             assert_same(grads[name], value, name)
         place.assert_slack_untouched()

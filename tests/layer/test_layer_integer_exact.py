@@ -37,7 +37,7 @@ def exact_layer(shape: Shape, fmt: str, x: Inputs) -> torch.Tensor:
             if not 0 <= e < shape.experts:
                 continue
             c = gemm(fmt, weights[e][0], gate_up_panels, bf16.bits_of(x.hidden[t : t + 1]))
-            h, _ = portable.swiglu(c.reshape(gate_up_panels, 1, 32))
+            h, _ = portable.activate(c.reshape(gate_up_panels, 1, 32))
             y = gemm(fmt, weights[e][1], down_panels, h[:, : shape.inter])
             total = total + np.float32(x.weights[t, slot]) * y[0, : shape.hidden]
         out[t] = bf16.narrow(total)

@@ -63,9 +63,11 @@ struct Results {
   std::vector<std::uint8_t> packed;
   std::vector<std::int8_t> x8;
   std::vector<float> scale, forward, backward, outer, combined;
-  std::vector<bf16> h, gate_up, dgate_up;
-  std::vector<float> dot;
+  std::vector<bf16> h, gradient;
+  std::vector<float> dot, biased;
 };
+const Activation kActivations[] = {
+    {}, {Activation::silu, 2.0f}, {Activation::oai, 3.0f, 1.702f}, {Activation::gelu_tanh}, {Activation::relu2}};
 
 Results run(const KernelTable& k, WeightFormat format, int m, int n, int kk) {
   random_bits.seed(7);
@@ -106,16 +108,25 @@ Results run(const KernelTable& k, WeightFormat format, int m, int n, int kk) {
   k.forward(operand.data(), m, matrix, 0, layout.n_panels, c.data(), false);
   r.forward = valid(c, m, layout.n_panels);
   const int pairs = layout.n_panels;
-  r.h.resize(static_cast<std::size_t>(m * 16 * pairs));
-  r.gate_up.resize(static_cast<std::size_t>(m * 32 * pairs));
   random_bits.seed(9);
   for (float& v : c) v = normal() * 3;
-  k.swiglu(c.data(), m, pairs, r.h.data(), 16 * pairs, r.gate_up.data(), 32 * pairs);
-  r.dgate_up.resize(r.gate_up.size());
+  std::vector<float> bias(static_cast<std::size_t>(32 * pairs));
+  for (float& v : bias) v = normal();
+  k.add_bias(c.data(), m, pairs, bias.data());
+  r.biased = valid(c, m, pairs);
   r.dot.assign(static_cast<std::size_t>(m), 0.0f);
   std::vector<float> weight(static_cast<std::size_t>(m), 0.37f);
-  k.swiglu_backward(c.data(), m, pairs, r.gate_up.data(), 32 * pairs, weight.data(), r.dgate_up.data(), 32 * pairs, r.h.data(), 16 * pairs,
-                    r.dot.data());
+  for (const Activation& a : kActivations) {
+    const int h = a.h_per_panel() * pairs;
+    std::vector<bf16> act(static_cast<std::size_t>(m * h)), gate_up(static_cast<std::size_t>(m * 32 * pairs)), grad(gate_up.size());
+    k.activate(a, c.data(), m, pairs, act.data(), h, gate_up.data(), 32 * pairs);
+    r.h.insert(r.h.end(), act.begin(), act.end());
+    k.activate_backward(a, c.data(), m, pairs, gate_up.data(), 32 * pairs, weight.data(), grad.data(), 32 * pairs, act.data(), h,
+                        r.dot.data());
+    for (const auto& values : {act, gate_up, grad}) r.gradient.insert(r.gradient.end(), values.begin(), values.end());
+  }
+  std::vector<float> v(static_cast<std::size_t>(round_up(n, 16)), 0.5f);
+  k.dot_rows({dy.data(), n, nullptr}, m, v.data(), n, r.dot.data());
 
   AlignedBuffer grad(k.grad_operand_bytes(m, layout.n_panels));
   k.pack_grad_operand({dy.data(), n, nullptr}, info.has_scales ? matrix.scales() : nullptr, m, n, layout.n_panels, grad.data());
@@ -158,8 +169,9 @@ void compare(Isa isa, WeightFormat format, int m, int n, int k) {
   }
   expect(worst <= size * 1e-4 * (exact ? 1 : 1e-6), level, "backward, " + at);
   expect(close(a.outer, b.outer, m), level, "outer, " + at);
-  expect(same_bits(a.h, b.h) && same_bits(a.gate_up, b.gate_up), level, "swiglu, " + at);
-  expect(same_bits(a.dgate_up, b.dgate_up) && same_bits(a.dot, b.dot), level, "swiglu_backward, " + at);
+  expect(same_bits(a.biased, b.biased), level, "add_bias, " + at);
+  expect(same_bits(a.h, b.h), level, "activate, " + at);
+  expect(same_bits(a.gradient, b.gradient) && same_bits(a.dot, b.dot), level, "activate_backward and dot_rows, " + at);
   expect(same_bits(a.combined, b.combined), level, "combine, " + at);
 }
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 Lora = dict[str, torch.Tensor]  # gate_a [E, r, H], gate_b [E, I, r], up_a, up_b, down_a [E, r, I], down_b [E, H, r]
-Weights = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # gate, up [I, H], down [H, I] of each expert
+Expert = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]  # gate (None: no gate), up [I, H], down [H, I]
+Weights = list[Expert]
+Biases = list[Expert]  # of gate, up [I], down [H]
 
 LORA_NAMES = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
 
@@ -46,24 +48,73 @@ class Rounding:
 EXACT = Rounding(None)
 
 
+@dataclass(frozen=True)
+class Activation:
+    """h from gate and up. limit 0: no clamp; alpha 0: plain SwiGLU."""
+
+    name: str = "silu"
+    limit: float = 0.0
+    alpha: float = 0.0
+
+    @property
+    def gated(self) -> bool:
+        return self.name != "relu2"
+
+    @property
+    def arguments(self) -> tuple[str, float, float]:
+        return self.name, self.limit, self.alpha
+
+    def __call__(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+        if gate is None:
+            return up.clamp(min=0) ** 2
+        if self.limit:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        if self.name == "gelu_tanh":
+            return torch.nn.functional.gelu(gate, approximate="tanh") * up
+        if self.alpha:
+            return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
+        return gate * torch.sigmoid(gate) * up
+
+
+SILU = Activation()
+ACTIVATIONS = {
+    "silu": SILU,
+    "clamped": Activation(limit=1.25),
+    "oai": Activation(limit=1.5, alpha=1.702),
+    "oai without limit": Activation(alpha=1.702),
+    "gelu_tanh": Activation("gelu_tanh"),
+    "relu2": Activation("relu2"),
+}
+
+
+def lora_names(activation: Activation) -> tuple[str, ...]:
+    """The LoRA matrices that there are."""
+    return LORA_NAMES if activation.gated else LORA_NAMES[2:]
+
+
 def expert_forward(
-    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    weights: Expert,
     x: torch.Tensor,
-    lora: tuple[torch.Tensor, ...] | None,
+    lora: dict[str, torch.Tensor] | None,
     scaling: float,
     rounding: Rounding,
+    activation: Activation = SILU,
+    biases: Expert | None = None,
 ) -> torch.Tensor:
     """x [m, H] -> [m, H]."""
-    gate, up, down = weights
 
-    def project(v: torch.Tensor, w: torch.Tensor, first: int) -> torch.Tensor:
+    def project(v: torch.Tensor, which: int) -> torch.Tensor | None:
+        w = weights[which]
+        if w is None:
+            return None
         out = rounding.operand(v) @ w.T
         if lora is not None:
-            out = out + rounding.stored(scaling * (v @ lora[first].T)) @ lora[first + 1].T
-        return out
+            a, b = (lora[n] for n in LORA_NAMES[2 * which : 2 * which + 2])
+            out = out + rounding.stored(scaling * (v @ a.T)) @ b.T
+        bias = biases[which] if biases else None
+        return out if bias is None else out + bias
 
-    g, u = project(x, gate, 0), project(x, up, 2)
-    return project(rounding.stored(g * torch.sigmoid(g) * u), down, 4)
+    return project(rounding.stored(activation(project(x, 0), project(x, 1))), 2)
 
 
 def layer_forward(
@@ -75,6 +126,8 @@ def layer_forward(
     scaling: float = 1.0,
     rounding: Rounding = EXACT,
     skipped: frozenset[int] = frozenset(),
+    activation: Activation = SILU,
+    biases: Biases | None = None,
 ) -> torch.Tensor:
     """sum over slots of routing weight * expert(token); -1, E and `skipped` experts contribute nothing."""
     out = torch.zeros_like(hidden)
@@ -82,7 +135,8 @@ def layer_forward(
         token, slot = (ids == e).nonzero(as_tuple=True)
         if e in skipped or not len(token):
             continue
-        adapters = None if lora is None else tuple(lora[name][e] for name in LORA_NAMES)
-        y = expert_forward(expert, hidden[token], adapters, scaling, rounding)
+        adapters = None if lora is None else {name: matrix[e] for name, matrix in lora.items()}
+        own = biases[e] if biases else None
+        y = expert_forward(expert, hidden[token], adapters, scaling, rounding, activation, own)
         out = out.index_add(0, token, y * routing[token, slot, None])
     return out

@@ -5,6 +5,7 @@ import numpy as np
 from ktmoe import _ext
 
 from . import bf16, layout
+from .experts import SILU, Activation
 from .formats import ORACLES, FormatOracle
 from .memory import Heap, Place, put, put_rows
 from .published import Parts, arrays
@@ -152,28 +153,52 @@ class Kernels:
         return out
 
     # --- elementwise ---
-    def swiglu(self, c: np.ndarray, h_ld: int = 0, gate_up_ld: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def activate(self, c: np.ndarray, ld: int = 0, activation: Activation = SILU) -> tuple[np.ndarray, np.ndarray]:
         """c [panels, m, 32] -> h and gate|up as bf16 bits."""
         panels, m, _ = c.shape
         blocks = self._c(panels, m, c)
-        h = put_rows(self.place, np.zeros((m, 16 * panels), np.uint16), h_ld or 16 * panels)
-        gate_up = put_rows(self.place, np.zeros((m, 32 * panels), np.uint16), gate_up_ld or 32 * panels)
-        _k.swiglu(self.isa, blocks, m, panels, _rows(h), _rows(gate_up))
+        h_columns = panels * (16 if activation.gated else 32)
+        h = put_rows(self.place, np.zeros((m, h_columns), np.uint16), ld + h_columns)
+        gate_up = put_rows(self.place, np.zeros((m, 32 * panels), np.uint16), ld + 32 * panels)
+        _k.activate(self.isa, *activation.arguments, blocks, m, panels, _rows(h), _rows(gate_up))
         return h, gate_up
 
-    def swiglu_backward(
-        self, dh: np.ndarray, gate_up: np.ndarray, weight: np.ndarray, ld: int = 0
+    def activate_backward(
+        self,
+        dh: np.ndarray,
+        gate_up: np.ndarray,
+        weight: np.ndarray,
+        ld: int = 0,
+        activation: Activation = SILU,
     ) -> dict[str, np.ndarray]:
         """dh [blocks, m, 32], gate|up bf16 bits [m, 32 * panels] -> gradient of gate|up, h (bf16 bits) and dot."""
         m, columns = gate_up.shape
+        h_columns = columns // (2 if activation.gated else 1)
         dgate_up = put_rows(self.place, np.zeros((m, columns), np.uint16), ld + columns)
-        h = put_rows(self.place, np.zeros((m, columns // 2), np.uint16), ld + columns // 2)
+        h = put_rows(self.place, np.zeros((m, h_columns), np.uint16), ld + h_columns)
         dot = put(self.place, np.zeros(m, np.float32), 4)
         kept = put_rows(self.place, gate_up, ld + columns)
         weights = put(self.place, weight, 4)
         blocks = self._c(len(dh), m, dh)
-        _k.swiglu_backward(self.isa, blocks, m, columns // 32, _rows(kept), weights, _rows(dgate_up), _rows(h), dot)
+        panels = columns // 32
+        _k.activate_backward(
+            self.isa, *activation.arguments, blocks, m, panels, _rows(kept), weights, _rows(dgate_up), _rows(h), dot
+        )
         return {"gradient": dgate_up, "h": h, "dot": dot}
+
+    def add_bias(self, c: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        """c [blocks, m, 32] + bias [32 * blocks]."""
+        blocks, m, _ = c.shape
+        values = self._c(blocks, m, c)
+        _k.add_bias(self.isa, values, m, blocks, put(self.place, bias, 4))
+        return values[:, :m]
+
+    def dot_rows(self, rows: np.ndarray, v: np.ndarray, start: np.ndarray, ld: int = 0) -> np.ndarray:
+        """start + rows (bf16 bits [m, n]) times v [n padded to 16]."""
+        dot = put(self.place, start, 4)
+        source = put_rows(self.place, rows, ld + rows.shape[1])
+        _k.dot_rows(self.isa, _rows(source), put(self.place, v, 4), dot)
+        return dot
 
     def c_out(self, c: np.ndarray, row_factor: np.ndarray, ld: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """c [blocks, m, 32] -> bf16 bits of 0.5 * row_factor * C, and C as fp32 rows."""

@@ -7,7 +7,18 @@ import torch
 
 from ktmoe import _ext
 
-from .experts import LORA_NAMES, Lora, Rounding, Weights, layer_forward
+from .experts import (
+    LORA_NAMES,
+    SILU,
+    Activation,
+    Biases,
+    Expert,
+    Lora,
+    Rounding,
+    Weights,
+    layer_forward,
+    lora_names,
+)
 from .published import PUBLISHED, arrays
 from .registry import activations
 
@@ -69,17 +80,28 @@ def grad_out(tokens: int, hidden: int, seed: int = 4) -> torch.Tensor:
     return torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def make_weights(shape: Shape, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def make_weights(shape: Shape, seed: int = 0, gated: bool = True) -> Weights:
     g = torch.Generator().manual_seed(1000 + seed)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=g) / columns**0.5).bfloat16()
 
     h, i = shape.hidden, shape.inter
-    return [(matrix(i, h), matrix(i, h), matrix(h, i)) for _ in range(shape.experts)]
+    return [(matrix(i, h) if gated else None, matrix(i, h), matrix(h, i)) for _ in range(shape.experts)]
 
 
-def make_lora(shape: Shape, rank: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Lora:
+def make_biases(shape: Shape, gated: bool = True) -> Biases:
+    """fp32, half as large as what they are added to."""
+    g = torch.Generator().manual_seed(3000)
+
+    def vector(n: int) -> torch.Tensor:
+        return torch.randn(n, generator=g) / 2
+
+    h, i = shape.hidden, shape.inter
+    return [(vector(i) if gated else None, vector(i), vector(h)) for _ in range(shape.experts)]
+
+
+def make_lora(shape: Shape, rank: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16, gated: bool = True) -> Lora:
     g = torch.Generator().manual_seed(2000 + seed)
     sizes = {
         "gate": (shape.hidden, shape.inter),
@@ -88,6 +110,8 @@ def make_lora(shape: Shape, rank: int, seed: int = 0, dtype: torch.dtype = torch
     }
     lora = {}
     for name, (k, n) in sizes.items():
+        if name == "gate" and not gated:
+            continue
         lora[f"{name}_a"] = torch.randn(shape.experts, rank, k, generator=g).div(k**0.5).bfloat16().to(dtype)
         lora[f"{name}_b"] = torch.randn(shape.experts, n, rank, generator=g).mul(0.3 / rank**0.5).bfloat16().to(dtype)
     return lora
@@ -107,6 +131,8 @@ class Layer:
     threads: int = 2
     chunk_tokens: int = 0
     on_gpu: list[bool] | None = None
+    activation: Activation = SILU
+    with_biases: bool = False
     pool: "_ext.ThreadPool" = field(default=None)  # type: ignore[assignment]
     engine: "_ext.MoeLayer" = field(init=False)
 
@@ -115,19 +141,20 @@ class Layer:
         self.pool = self.pool or make_pool(self.threads)
         mask = None if self.on_gpu is None else torch.tensor(self.on_gpu)
         self.engine = _ext.MoeLayer(
-            self.pool, s.experts, s.top_k, s.hidden, s.inter, self.fmt, self.isa, self.chunk_tokens, mask
-        )
-        for e, (gate, up, down) in enumerate(make_weights(s)):
+            self.pool, s.experts, s.top_k, s.hidden, s.inter, self.fmt, self.isa, self.chunk_tokens, mask,
+            *self.activation.arguments,
+        )  # fmt: skip
+        for e, weights in enumerate(make_weights(s, gated=self.activation.gated)):
             if not (self.on_gpu and self.on_gpu[e]):
-                self.load(e, gate, up, down)
+                self.load(e, *weights, *(self.biases[e] if self.biases else ()))
 
-    def load(self, e: int, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+    def load(self, e: int, gate: torch.Tensor | None, up: torch.Tensor, down: torch.Tensor, *biases: object) -> None:
         """Published formats get random weights of about the same size instead of these."""
         if self.fmt not in PUBLISHED:
-            return self.engine.load_expert(e, gate, up, down)
+            return self.engine.load_expert(e, gate, up, down, *biases)
         rng, random = np.random.default_rng(e), PUBLISHED[self.fmt].random
-        parts = [arrays(random(rng, *w.shape, w.shape[1] ** -0.5)) for w in (gate, up, down)]
-        return self.engine.load_expert_raw(e, *parts)
+        parts = [None if w is None else arrays(random(rng, *w.shape, w.shape[1] ** -0.5)) for w in (gate, up, down)]
+        return self.engine.load_expert_raw(e, *parts, *biases)
 
     def load_zeros(self, e: int) -> None:
         h, i = self.shape.hidden, self.shape.inter
@@ -139,24 +166,44 @@ class Layer:
         return self.engine.load_expert_raw(e, *(arrays(p) for p in parts))
 
     @property
+    def biases(self) -> Biases | None:
+        return make_biases(self.shape, self.activation.gated) if self.with_biases else None
+
+    @property
     def rounding(self) -> Rounding:
         return Rounding(activations(self.fmt))
 
     def dequantized(self) -> Weights:
         """The weights that the kernels use, in float64."""
-        weights = []
+        weights: Weights = []
         for e in range(self.shape.experts):
             h, i = self.shape.hidden, self.shape.inter
-            gate, up, down = torch.zeros(i, h), torch.zeros(i, h), torch.zeros(h, i)
+            gate, up, down = torch.zeros(i, h) if self.activation.gated else None, torch.zeros(i, h), torch.zeros(h, i)
             if not (self.on_gpu and self.on_gpu[e]):
                 self.engine.dequantize_expert(e, gate, up, down)
-            weights.append((gate.double(), up.double(), down.double()))
+            weights.append(doubled((gate, up, down)))
         return weights
+
+    def exact(
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        lora: Lora | None = None,
+        scaling: float = 1.0,
+    ) -> torch.Tensor:
+        """The layer in float64 torch: differentiable, on the weights that the kernels use."""
+        skipped = frozenset(e for e, gpu in enumerate(self.on_gpu or []) if gpu)
+        biases = None if self.biases is None else [doubled(b) for b in self.biases]
+        rounding = self.rounding
+        return layer_forward(
+            self.dequantized(), hidden, ids, weights, lora, scaling, rounding, skipped, self.activation, biases
+        )
 
     def adapter(self, lora: Lora, scaling: float = 1.0) -> "_ext.LoraAdapter":
         s = self.shape
-        adapter = _ext.LoraAdapter(s.experts, s.hidden, s.inter, lora["gate_a"].shape[1], scaling)
-        adapter.update(self.pool, *(lora[n] for n in LORA_NAMES))
+        adapter = _ext.LoraAdapter(s.experts, s.hidden, s.inter, lora["up_a"].shape[1], scaling, self.activation.gated)
+        adapter.update(self.pool, *(lora.get(n) for n in LORA_NAMES))
         return adapter
 
     def forward(self, x: Inputs, adapter: "_ext.LoraAdapter | None" = None) -> torch.Tensor:
@@ -175,24 +222,25 @@ class Layer:
         adapter: "_ext.LoraAdapter | None" = None,
         lora: Lora | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Every gradient by name: input, weights, and the six of LoRA if `lora` gives their shapes."""
+        """Every gradient by name: input, weights, and those of LoRA if `lora` gives their shapes."""
         grads = {
             "input": torch.full((cache.n_tokens, self.shape.hidden), torch.nan),
             "weights": torch.full((cache.n_tokens, self.shape.top_k), torch.nan),
         }
-        names = LORA_NAMES if lora else ()
+        names = lora_names(self.activation) if lora else ()
         grads |= {n: torch.full(lora[n].shape, torch.nan) for n in names}  # type: ignore[index]
         lora_grads = [grads[n] for n in names] or None
         self.engine.backward(cache, dy, adapter, grads["input"], grads["weights"], lora_grads)
         return grads
 
     def reference(self, x: Inputs, lora: Lora | None = None, scaling: float = 1.0) -> np.ndarray:
-        skipped = frozenset(e for e, gpu in enumerate(self.on_gpu or []) if gpu)
         exact = None if lora is None else {n: t.double() for n, t in lora.items()}
-        out = layer_forward(
-            self.dequantized(), x.hidden.double(), x.ids, x.weights.double(), exact, scaling, self.rounding, skipped
-        )
-        return out.numpy()
+        return self.exact(x.hidden.double(), x.ids, x.weights.double(), exact, scaling).numpy()
+
+
+def doubled(expert: Expert) -> Expert:
+    gate, up, down = expert
+    return None if gate is None else gate.double(), up.double(), down.double()
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

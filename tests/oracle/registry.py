@@ -6,6 +6,8 @@ import pytest
 
 from ktmoe import _ext
 
+from .experts import ACTIVATIONS
+
 _forced = os.environ.get("KTMOE_ISA", "")
 ISAS: list[str] = [_forced] if _forced else list(_ext.test_isa_levels())
 # Formats whose stored tiles are multiplied as they are run the whole grid of kernel tests; the others (UNPACKED) are
@@ -17,6 +19,7 @@ LAYER_FORMATS: list[str] = [*FORMATS, "int4", "q6_k"]
 SLOW_ISAS = frozenset({"portable", "emulated-amx"})
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
+each_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS.values()), ids=list(ACTIVATIONS))
 each_format = pytest.mark.parametrize("fmt", FORMATS)
 each_layer_format = pytest.mark.parametrize("fmt", LAYER_FORMATS)
 

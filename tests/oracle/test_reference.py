@@ -3,27 +3,56 @@
 import pytest
 import torch
 
-from oracle.experts import EXACT, LORA_NAMES, Rounding, layer_forward, to_bf16, to_int8_rows
-from oracle.layers import Shape, make_inputs, make_lora, make_weights
+from oracle.experts import (
+    ACTIVATIONS,
+    EXACT,
+    Activation,
+    Rounding,
+    layer_forward,
+    lora_names,
+    to_bf16,
+    to_int8_rows,
+)
+from oracle.layers import Shape, doubled, make_biases, make_inputs, make_lora, make_weights
 
 SHAPE = Shape(experts=3, top_k=2, hidden=5, inter=4)
 
 
-def doubles() -> tuple[list, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
+def doubles(gated: bool = True) -> tuple[list, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
     x = make_inputs(SHAPE, 4, "mixed", seed=3)
-    weights = [tuple(m.double() for m in expert) for expert in make_weights(SHAPE)]
-    lora = {n: t.double() for n, t in make_lora(SHAPE, rank=2).items()}
+    weights = [doubled(expert) for expert in make_weights(SHAPE, gated=gated)]
+    lora = {n: t.double() for n, t in make_lora(SHAPE, rank=2, gated=gated).items()}
     return weights, x.hidden.double(), x.ids, x.weights.double(), lora
 
 
-def test_finite_differences_prove_the_gradients() -> None:
-    weights, hidden, ids, routing, lora = doubles()
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("with_biases", [False, True])
+def test_finite_differences_prove_the_gradients(activation: Activation, with_biases: bool) -> None:
+    weights, hidden, ids, routing, lora = doubles(activation.gated)
+    names = lora_names(activation)
+    biases = [doubled(b) for b in make_biases(SHAPE, activation.gated)] if with_biases else None
 
     def f(hidden: torch.Tensor, routing: torch.Tensor, *adapters: torch.Tensor) -> torch.Tensor:
-        return layer_forward(weights, hidden, ids, routing, dict(zip(LORA_NAMES, adapters, strict=True)), scaling=1.7)
+        own = dict(zip(names, adapters, strict=True))
+        return layer_forward(weights, hidden, ids, routing, own, 1.7, activation=activation, biases=biases)
 
-    inputs = [t.clone().requires_grad_() for t in (hidden, routing, *(lora[n] for n in LORA_NAMES))]
+    inputs = [t.clone().requires_grad_() for t in (hidden, routing, *(lora[n] for n in names))]
     assert torch.autograd.gradcheck(f, inputs)
+
+
+def test_activations_are_those_of_transformers() -> None:
+    """Written out once more, as the models of transformers have them."""
+    gate, up = torch.randn(2, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 3
+    want = {
+        "silu": torch.nn.functional.silu(gate) * up,
+        "clamped": torch.nn.functional.silu(gate.clamp(max=1.25)) * up.clamp(-1.25, 1.25),
+        "oai": gate.clamp(max=1.5) * torch.sigmoid(gate.clamp(max=1.5) * 1.702) * (up.clamp(-1.5, 1.5) + 1),
+        "oai without limit": gate * torch.sigmoid(gate * 1.702) * (up + 1),
+        "gelu_tanh": torch.nn.functional.gelu(gate, approximate="tanh") * up,
+        "relu2": torch.square(torch.relu(up)),
+    }
+    for name, activation in ACTIVATIONS.items():
+        torch.testing.assert_close(activation(gate if activation.gated else None, up), want[name])
 
 
 @pytest.mark.parametrize("with_lora", [False, True])

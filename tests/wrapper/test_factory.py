@@ -42,6 +42,7 @@ def test_signature_is_the_specified_one() -> None:
         "swiglu_alpha": 0.0,
         "group_size": 32,
         "gguf_type": "Q4_K",
+        "activation": "silu",
     }
 
 
@@ -158,8 +159,10 @@ BAD = [
     ("gpu_experts_mask", torch.zeros(5), TypeError),
     ("numa_nodes", [0, 0], ValueError),
     ("numa_nodes", [-1], ValueError),
-    ("swiglu_limit", 7.0, NotImplementedError),
-    ("swiglu_alpha", 1.7, NotImplementedError),
+    ("swiglu_limit", -7.0, ValueError),
+    ("swiglu_alpha", -1.7, ValueError),
+    ("activation", "gelu", ValueError),
+    ("activation", None, TypeError),
     ("swiglu_limit", float("nan"), ValueError),
     ("swiglu_limit", "0", TypeError),
 ]

@@ -20,8 +20,8 @@ ZEROS = tuple(torch.zeros(w.shape) for w in ref.weights(SHAPE))
 class FakeLayer:
     """Remembers its formats and what was loaded."""
 
-    def __init__(self, pool, n_experts, top_k, hidden, inter, format, isa, chunk, on_gpu, down_format="") -> None:
-        self.formats = (format, down_format or format)
+    def __init__(self, pool, n_experts, top_k, hidden, inter, format, *others) -> None:
+        self.formats = (format, others[-1])
         self.shapes = ((inter, hidden), (inter, hidden), (hidden, inter))
         self.n_experts = n_experts
         self.experts = {}

@@ -23,6 +23,7 @@ namespace avx512 {
 #include "kernels/gemm-inl.h"
 #include "kernels/quantize_int4-inl.h"
 #include "kernels/elementwise-inl.h"
+#include "kernels/activation-inl.h"
 #include "kernels/table-inl.h"
 // clang-format on
 constexpr KernelTable table = make_table<VectorGemm<Vec, Int8PairDot<Vec>>, Vec>(Isa::avx512, 96);

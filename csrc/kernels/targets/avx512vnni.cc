@@ -24,6 +24,7 @@ namespace avx512vnni {
 #include "kernels/gemm-inl.h"
 #include "kernels/quantize_int4-inl.h"
 #include "kernels/elementwise-inl.h"
+#include "kernels/activation-inl.h"
 #include "kernels/table-inl.h"
 // clang-format on
 constexpr KernelTable table = make_table<VectorGemm<VnniVec, Int8VnniDot<VnniVec>>, VnniVec>(Isa::avx512vnni, 96);

@@ -16,6 +16,7 @@ namespace emulated_amx {
 #include "kernels/gemm-inl.h"
 #include "kernels/quantize_int4-inl.h"
 #include "kernels/elementwise-inl.h"
+#include "kernels/activation-inl.h"
 #include "kernels/tiles_software.h"
 #include "kernels/amx-inl.h"
 #include "kernels/table-inl.h"

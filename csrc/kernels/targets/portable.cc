@@ -16,6 +16,7 @@ namespace portable {
 #include "kernels/gemm-inl.h"
 #include "kernels/quantize_int4-inl.h"
 #include "kernels/elementwise-inl.h"
+#include "kernels/activation-inl.h"
 #include "kernels/table-inl.h"
 // clang-format on
 constexpr KernelTable table = make_table<VectorGemm<Vec, Int8PairDot<Vec>>, Vec>(Isa::portable, 64);

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ktmoe.hf.structure import DOWN, GATE_UP
+from ktmoe.hf.structure import DOWN, GATE_UP, UP
 
-TARGET_PARAMETERS = (f"experts.{DOWN}", f"experts.{GATE_UP}")
+# Those that a model does not have are passed over.
+TARGET_PARAMETERS = (f"experts.{DOWN}", f"experts.{GATE_UP}", f"experts.{UP}")
 # The projections of the common attention blocks, multi-head latent attention (q_a, q_b, kv_a, kv_b) included.
 ATTENTION_MODULES = (
     "q_proj",

@@ -14,7 +14,7 @@ from torch import nn
 
 from ktmoe.autograd import LoraTensors, moe_forward
 from ktmoe.hf.config import KTMoEConfig, trainable_twin
-from ktmoe.hf.structure import DOWN, GATE_UP, ExpertsSpec
+from ktmoe.hf.structure import ExpertsSpec
 from ktmoe.methods import METHODS
 from ktmoe.wrapper import KTMoEWrapper
 
@@ -23,16 +23,17 @@ class KTExperts(nn.Module):
     """Routed experts of one layer, held by the engine: ``forward(hidden[T, H], ids[T, k], weights[T, k])``."""
 
     is_ktmoe = True
-    # PEFT and transformers read the layout from these.
-    has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
 
     def __init__(self, spec: ExpertsSpec, config: KTMoEConfig) -> None:
         super().__init__()
         self.spec = spec
         self.method = config.method
         self.num_experts, self.hidden_dim, self.intermediate_dim = spec.n_experts, spec.hidden, spec.inter
-        self.gate_up_proj = _placeholder(spec.n_experts, 2 * spec.inter, spec.hidden)
-        self.down_proj = _placeholder(spec.n_experts, spec.hidden, spec.inter)
+        # PEFT and transformers read the layout from these.
+        self.has_gate, self.has_bias = spec.gated, spec.has_bias
+        self.is_transposed, self.is_concatenated = spec.transposed, not spec.interleaved
+        for name, shape in spec.stacks.items():
+            setattr(self, name, _placeholder(*shape))
         self._backend: Any = None
         self._config = config
 
@@ -51,6 +52,7 @@ class KTExperts(nn.Module):
                 threadpool_count=self._config.threadpool_count,
                 weight_path="",
                 chunked_prefill_size=self._config.chunked_prefill_size,
+                **self.spec.gate._asdict(),
                 method=self.method,
                 mode=METHODS[self.method].mode,
             )
@@ -78,8 +80,8 @@ class KTExperts(nn.Module):
     ) -> Iterator[tuple[str, Any]]:
         """The placeholders, for callers that ask this very module (PEFT's ``target_parameters``)."""
         dot = f"{prefix}." if prefix else ""
-        yield dot + GATE_UP, self.gate_up_proj
-        yield dot + DOWN, self.down_proj
+        for name in self.spec.stacks:
+            yield dot + name, getattr(self, name)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> KTExperts:
         """``.to()``, ``.half()``, ``.cuda()``: the experts stay where and what they are."""
@@ -94,7 +96,8 @@ class KTExperts(nn.Module):
 
     def extra_repr(self) -> str:
         spec = self.spec
-        return f"{spec.n_experts} experts, hidden={spec.hidden}, inter={spec.inter}, method={self.method}"
+        gate = ", ".join(f"{name}={value}" for name, value in spec.gate._asdict().items() if value)
+        return f"{spec.n_experts} experts, hidden={spec.hidden}, inter={spec.inter}, {gate}, method={self.method}"
 
 
 def _placeholder(*shape: int) -> torch.Tensor:

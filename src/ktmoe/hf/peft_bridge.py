@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from ktmoe.autograd import LoraTensors
-from ktmoe.hf.structure import DOWN, GATE_UP
+from ktmoe.hf.structure import DOWN
 
 MERGE_HINT = (
     "experts are packed ({method}) and cannot take a merged adapter. Merge in plain transformers instead: "
@@ -120,18 +120,29 @@ def _factors(wrapper: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, fl
 
 
 def _to_engine(factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]], experts: Any) -> LoraTensors:
-    """One rank and one scaling for all three matrices: pads and rescales where they differ (``rank_pattern``)."""
+    """One rank and one scaling for all matrices: pads and rescales where they differ (``rank_pattern``).
+
+    PEFT's factors have the same shapes whether the module stores its weights transposed or not.
+    """
     rank = max(a.shape[1] for a, _, _ in factors.values())
     scaling = next(iter(factors.values()))[2]
     n, hidden, inter = experts.num_experts, experts.hidden_dim, experts.intermediate_dim
-    gate_up_a, gate_up_b = _fit(factors.get(GATE_UP), rank, scaling, (n, hidden, 2 * inter))
+    spec = experts.spec
+    first_a, first_b = _fit(factors.get(spec.first), rank, scaling, (n, hidden, 2 * inter if spec.gated else inter))
     down_a, down_b = _fit(factors.get(DOWN), rank, scaling, (n, inter, hidden))
+    gate_b: torch.Tensor | None
+    if not spec.gated:
+        gate_b, up_b = None, first_b
+    elif spec.interleaved:
+        gate_b, up_b = first_b[:, 0::2], first_b[:, 1::2]
+    else:
+        gate_b, up_b = first_b[:, :inter], first_b[:, inter:]
     # gate and up share A: the same tensor twice, so that the engine sums both gradients into one.
     return LoraTensors(
-        gate_a=gate_up_a,
-        gate_b=gate_up_b[:, :inter],
-        up_a=gate_up_a,
-        up_b=gate_up_b[:, inter:],
+        gate_a=first_a if spec.gated else None,
+        gate_b=gate_b,
+        up_a=first_a,
+        up_b=up_b,
         down_a=down_a,
         down_b=down_b,
         scaling=scaling,

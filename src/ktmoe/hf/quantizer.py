@@ -19,7 +19,7 @@ from ktmoe.hf.checkpoint import CheckpointFiles
 from ktmoe.hf.config import QUANT_METHOD, KTMoEConfig
 from ktmoe.hf.experts import KTExperts
 from ktmoe.hf.streaming import load_expert, plan_checkpoint
-from ktmoe.hf.structure import DOWN, GATE_UP, ExpertsSpec, find_experts
+from ktmoe.hf.structure import ExpertsSpec, find_experts
 
 
 @register_quantizer(QUANT_METHOD)
@@ -96,6 +96,6 @@ def _replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _unexpected_pattern(spec: ExpertsSpec, base_model_prefix: str) -> str:
-    """A regex for the names of this module's stacks, with or without the base model's prefix."""
+    """A regex for the names of this module's parameters, with or without the base model's prefix."""
     name = spec.name.removeprefix(f"{base_model_prefix}.")
-    return rf"(^|\.){re.escape(name)}\.({GATE_UP}|{DOWN})$"
+    return rf"(^|\.){re.escape(name)}\.({'|'.join((*spec.stacks, *spec.biases))})$"

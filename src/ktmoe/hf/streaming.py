@@ -14,11 +14,28 @@ from typing import Any, Protocol
 import torch
 
 from ktmoe.errors import WeightFileError
-from ktmoe.hf.structure import DOWN, GATE_UP, ExpertsSpec, UnsupportedExpertsError
+from ktmoe.hf.structure import DOWN, GATE_UP, UP, ExpertsSpec, UnsupportedExpertsError
 
 ROLES = ("gate", "up", "down")
-_FUSED_ROLES = {GATE_UP: ("gate", "up"), DOWN: ("down",)}
-_PER_EXPERT_OPS = {GATE_UP: ["MergeModulelist", "Concatenate"], DOWN: ["MergeModulelist"]}
+# What each parameter of an experts module holds.
+_FUSED_ROLES = {
+    GATE_UP: ("gate", "up"),
+    UP: ("up",),
+    DOWN: ("down",),
+    f"{GATE_UP}_bias": ("gate_bias", "up_bias"),
+    f"{UP}_bias": ("up_bias",),
+    f"{DOWN}_bias": ("down_bias",),
+}
+_PER_EXPERT_OPS = {
+    GATE_UP: ["MergeModulelist", "Concatenate"],
+    UP: ["MergeModulelist"],
+    DOWN: ["MergeModulelist"],
+}
+
+
+def roles_of(spec: ExpertsSpec) -> list[str]:
+    """What every expert of the module needs."""
+    return [role for name in (*spec.stacks, *spec.biases) for role in _FUSED_ROLES[name]]
 
 
 class TensorSource(Protocol):
@@ -29,7 +46,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """One matrix of one expert: tensor `key`, entry `index` of it if it is a stack, `part` of `parts` along rows."""
+    """One matrix or bias of one expert: tensor `key`, entry `index` of it if it is a stack, `part` of `parts`."""
 
     key: str
     index: int | None = None
@@ -67,7 +84,7 @@ def _check_complete(plan: Plan, specs: Sequence[ExpertsSpec]) -> None:
         f"{role} of expert {expert} of {spec.name}"
         for spec in specs
         for expert in range(spec.n_experts)
-        for role in ROLES
+        for role in roles_of(spec)
         if (expert, role) not in plan[spec.name]
     ]
     if missing:
@@ -85,7 +102,7 @@ class _NameTable:
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
         self._prefix = base_model_prefix
-        self._targets = {f"{spec.name}.{stack}": (spec, stack) for spec in specs for stack in (GATE_UP, DOWN)}
+        self._targets = {f"{spec.name}.{name}": (spec, name) for spec in specs for name in (*spec.stacks, *spec.biases)}
 
     def locate(self, key: str) -> list[tuple[ExpertsSpec, int, str, Piece]]:
         """Every expert matrix that tensor `key` holds; empty if it has none."""
@@ -105,13 +122,14 @@ class _NameTable:
                 for expert in range(spec.n_experts)
                 for part, role in enumerate(roles)
             ]
-        return [(spec, self._expert_number(key, pattern), self._role(key, pattern, stack), Piece(key))]
+        return [(spec, self._expert_number(key, pattern), self._role(spec, key, pattern, stack), Piece(key))]
 
-    def _role(self, key: str, pattern: str, stack: str) -> str:
+    def _role(self, spec: ExpertsSpec, key: str, pattern: str, stack: str) -> str:
         converter = self._by_pattern[pattern]
         operations = [type(op).__name__ for op in converter.operations]
         roles = _FUSED_ROLES[stack]
-        if operations != _PER_EXPERT_OPS[stack] or len(converter.source_patterns) != len(roles):
+        plain = not (spec.transposed or spec.interleaved) and operations == _PER_EXPERT_OPS.get(stack)
+        if not plain or len(converter.source_patterns) != len(roles):
             raise UnsupportedExpertsError(
                 f"The checkpoint stores '{key}' in a way that ktmoe cannot split by expert yet "
                 f"({', '.join(operations)})"
@@ -129,19 +147,30 @@ class _NameTable:
 
 
 def load_expert(spec: ExpertsSpec, plan: Plan, source: TensorSource, expert: int, sink: Callable[..., None]) -> None:
-    """Reads gate, up [I, H] and down [H, I] of one expert and calls ``sink(expert, gate, up, down)`` (bf16, C order).
+    """Reads one expert and calls ``sink(expert, gate, up, down, **biases)``.
 
-    WeightFileError if a tensor has another shape or is not made of plain floats.
+    gate, up [I, H] and down [H, I] are bf16 in C order (gate is None without one); gate_bias, up_bias [I] and down_bias
+    [H] are fp32. WeightFileError if a tensor has another shape or is not made of plain floats.
     """
-    pieces = [plan[spec.name][expert, role] for role in ROLES]
-    tensors: dict[str, torch.Tensor] = {}
-    for role, piece in zip(ROLES, pieces, strict=True):
-        if piece.key not in tensors:
-            tensors[piece.key] = source.read(piece.key, _stored_shape(spec, role, piece), piece.index)
-    matrices = (tensors[piece.key].chunk(piece.parts)[piece.part] for piece in pieces)
-    sink(expert, *(matrix.to(torch.bfloat16).contiguous() for matrix in matrices))
+    pieces = plan[spec.name]
+    stored: dict[str, torch.Tensor] = {}
+
+    def read(role: str) -> torch.Tensor:
+        piece = pieces[expert, role]
+        if piece.key not in stored:
+            tensor = source.read(piece.key, _stored_shape(spec, role, piece), piece.index)
+            stored[piece.key] = tensor.T if spec.transposed and tensor.dim() == 2 else tensor
+        if spec.interleaved and piece.parts > 1:
+            return stored[piece.key][piece.part :: piece.parts]
+        return stored[piece.key].chunk(piece.parts)[piece.part]
+
+    roles = roles_of(spec)
+    matrices = [read(role).to(torch.bfloat16).contiguous() if role in roles else None for role in ROLES]
+    sink(expert, *matrices, **{role: read(role).float().contiguous() for role in roles if role.endswith("_bias")})
 
 
 def _stored_shape(spec: ExpertsSpec, role: str, piece: Piece) -> tuple[int, ...]:
-    rows, columns = (spec.hidden, spec.inter) if role == "down" else (spec.inter, spec.hidden)
-    return (rows, columns) if piece.index is None else (spec.n_experts, piece.parts * rows, columns)
+    if piece.index is not None:
+        shapes: dict[str, tuple[int, ...]] = {**spec.stacks, **spec.biases}
+        return next(shape for name, shape in shapes.items() if role in _FUSED_ROLES[name])
+    return (spec.hidden, spec.inter) if role == "down" else (spec.inter, spec.hidden)

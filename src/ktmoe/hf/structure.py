@@ -14,17 +14,23 @@ from typing import Any
 
 from torch import nn
 
+from ktmoe.hf.activation import GateFunction, recognise
+
 GATE_UP = "gate_up_proj"
+UP = "up_proj"
 DOWN = "down_proj"
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-_SILU_CLASSES = ("SiLU", "SiLUActivation")
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_topk", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """What ktmoe must know about one experts module. `gate_up_proj` is [E, 2I, H], `down_proj` is [E, H, I]."""
+    """What ktmoe must know about one experts module.
+
+    `gate_up_proj` is [E, 2I, H] (`up_proj` [E, I, H] without a gate), `down_proj` is [E, H, I]; with `transposed` the
+    last two dimensions change places. Of the 2I the first half is the gate; with `interleaved` every second one.
+    """
 
     name: str
     layer_idx: int
@@ -33,6 +39,34 @@ class ExpertsSpec:
     top_k: int
     hidden: int
     inter: int
+    gate: GateFunction
+    has_bias: bool = False
+    transposed: bool = False
+    interleaved: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """False: there is an up projection alone."""
+        return self.gate.activation != "relu2"
+
+    @property
+    def first(self) -> str:
+        """Name of the stack before the activation."""
+        return GATE_UP if self.gated else UP
+
+    @property
+    def stacks(self) -> dict[str, tuple[int, int, int]]:
+        """The parameters that hold matrices, and their shapes."""
+        e, h, i, width = self.n_experts, self.hidden, self.inter, self.inter * (2 if self.gated else 1)
+        if self.transposed:
+            return {self.first: (e, h, width), DOWN: (e, i, h)}
+        return {self.first: (e, width, h), DOWN: (e, h, i)}
+
+    @property
+    def biases(self) -> dict[str, tuple[int, int]]:
+        """The parameters that hold biases, and their shapes."""
+        e, width = self.n_experts, self.inter * (2 if self.gated else 1)
+        return {f"{self.first}_bias": (e, width), f"{DOWN}_bias": (e, self.hidden)} if self.has_bias else {}
 
 
 class UnsupportedExpertsError(NotImplementedError):
@@ -43,7 +77,7 @@ def looks_like_experts(module: nn.Module) -> bool:
     """True if the module holds a 3-D down projection and a 3-D up (or fused gate|up) projection of its own."""
     params = module._parameters
     stacks = {name for name, p in params.items() if p is not None and p.dim() == 3}
-    return DOWN in stacks and bool(stacks & {GATE_UP, "up_proj"})
+    return DOWN in stacks and bool(stacks & {GATE_UP, UP})
 
 
 def find_experts(model: nn.Module, config: Any) -> list[ExpertsSpec]:
@@ -55,7 +89,7 @@ def find_experts(model: nn.Module, config: Any) -> list[ExpertsSpec]:
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no experts modules that ktmoe recognises "
-            f"(a module with 3-D '{GATE_UP}' and '{DOWN}'). Load dense models with plain transformers."
+            f"(a module with 3-D '{GATE_UP}' or '{UP}' and '{DOWN}'). Load dense models with plain transformers."
         )
     numbers = _layer_numbers([name for name, _ in found])
     return [_describe(model, config, name, module, idx) for (name, module), idx in zip(found, numbers, strict=True)]
@@ -63,13 +97,13 @@ def find_experts(model: nn.Module, config: Any) -> list[ExpertsSpec]:
 
 def _describe(model: nn.Module, config: Any, name: str, module: nn.Module, layer_idx: int) -> ExpertsSpec:
     module_class = type(module).__name__
-    reason = why_unsupported(module)
-    if reason:
+    gate = recognise_or_reason(module)
+    if isinstance(gate, str):
         raise UnsupportedExpertsError(
-            f"Experts module '{name}' ({module_class}) is not supported yet: {reason}. "
-            "ktmoe computes experts of the form down(silu(gate(x)) * up(x)) without bias."
+            f"Experts module '{name}' ({module_class}) is not supported yet: {gate}. "
+            "ktmoe computes experts with plain, clamped or OAI SwiGLU, with gelu_tanh(gate) * up, and with relu(up)^2."
         )
-    n_experts, hidden, inter = module.down_proj.shape  # type: ignore[misc]
+    n_experts, hidden, inter = _dimensions(module)
     parent = model.get_submodule(name.rpartition(".")[0])
     top_k = _top_k(parent, config)
     if top_k is None:
@@ -77,45 +111,56 @@ def _describe(model: nn.Module, config: Any, name: str, module: nn.Module, layer
             f"Experts module '{name}' ({module_class}): cannot tell how many experts a token uses; "
             f"neither its router nor the config has one of {', '.join(_TOP_K_NAMES)}."
         )
-    return ExpertsSpec(name, layer_idx, module_class, int(n_experts), top_k, int(hidden), int(inter))
+    return ExpertsSpec(
+        name,
+        layer_idx,
+        module_class,
+        n_experts,
+        top_k,
+        hidden,
+        inter,
+        gate,
+        has_bias=bool(module.has_bias),
+        transposed=bool(module.is_transposed),
+        interleaved=not module.is_concatenated,
+    )
 
 
-def why_unsupported(module: nn.Module) -> str | None:
-    """The reason why an experts module cannot run on ktmoe, or None if it can."""
+def recognise_or_reason(module: nn.Module) -> GateFunction | str:
+    """What an experts module computes, or the reason why it cannot run on ktmoe."""
     missing = [flag for flag in _FLAGS if not hasattr(module, flag)]
     if missing:
         return "it does not follow transformers' experts interface (no " + ", ".join(missing) + ")"
-    if not module.has_gate:
-        return "it has no gate (has_gate=False)"
-    if module.has_bias:
-        return "its projections have a bias (has_bias=True)"
-    if module.is_transposed:
-        return "its weights are stored transposed (is_transposed=True)"
-    if not module.is_concatenated:
-        return "gate and up are interleaved (is_concatenated=False)"
     if getattr(module, "has_post_expert_norm", False):
         return "each expert ends in a norm (has_post_expert_norm=True)"
-    return _why_gate_unsupported(module) or _why_shapes_unsupported(module)
-
-
-def _why_gate_unsupported(module: nn.Module) -> str | None:
-    from transformers.integrations.moe import _default_apply_gate
-
-    if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
-        return "it has a gate of its own (_apply_gate is overridden)"
+    shapes = _why_shapes_unsupported(module)
+    if shapes:
+        return shapes
     act = type(getattr(module, "act_fn", None)).__name__
-    if act not in _SILU_CLASSES:
-        return f"its activation is {act}, not SiLU"
-    return None
+    return recognise(module) or f"its activation is none that ktmoe knows (act_fn {act}, has_gate={module.has_gate})"
+
+
+def _dimensions(module: nn.Module) -> tuple[int, int, int]:
+    """Experts, hidden, inter."""
+    down = module._parameters[DOWN]
+    assert down is not None  # by `looks_like_experts`
+    n_experts, rows, columns = down.shape
+    return (n_experts, columns, rows) if module.is_transposed else (n_experts, rows, columns)
 
 
 def _why_shapes_unsupported(module: nn.Module) -> str | None:
-    gate_up, down = module._parameters[GATE_UP], module._parameters[DOWN]
-    assert gate_up is not None  # by `looks_like_experts`
-    assert down is not None
-    n_experts, hidden, inter = down.shape
-    if tuple(gate_up.shape) != (n_experts, 2 * inter, hidden):
-        return f"its shapes do not fit together ({GATE_UP} {tuple(gate_up.shape)}, {DOWN} {tuple(down.shape)})"
+    n_experts, hidden, inter = _dimensions(module)
+    name, width = (GATE_UP, 2 * inter) if module.has_gate else (UP, inter)
+    want: dict[str, tuple[int, ...]] = {
+        name: (n_experts, hidden, width) if module.is_transposed else (n_experts, width, hidden)
+    }
+    if module.has_bias:
+        want |= {f"{name}_bias": (n_experts, width), f"{DOWN}_bias": (n_experts, hidden)}
+    for parameter, shape in want.items():
+        got = module._parameters.get(parameter)
+        if got is None or tuple(got.shape) != shape:
+            found = "it is missing" if got is None else f"got {tuple(got.shape)}"
+            return f"its shapes do not fit together ({parameter}: {found}, expected {shape})"
     return None
 
 

@@ -49,6 +49,10 @@ class CompressedTensorsSource:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def biases(self, expert: int) -> dict[str, Tensor]:
+        """None: `open_source` refuses quantised experts that have some."""
+        return {}
+
     def close(self) -> None:
         """Closes the files."""
         self._folder.close()

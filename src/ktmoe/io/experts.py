@@ -4,6 +4,9 @@ Layouts, recognised by their tensor names under any prefix:
     layers.{L}.{block}.experts.{e}.{gate,up,down}_proj.weight    Qwen, DeepSeek, OLMoE, GLM, ...
     layers.{L}.{block}.experts.{e}.{w1,w3,w2}.weight             Mixtral, MiniMax, ...
     layers.{L}.{block}.experts.{gate_up_proj,down_proj}          fused: [E, 2*inter, hidden] and [E, hidden, inter]
+        with {gate_up_proj,down_proj}_bias                       GPT-OSS: [E, hidden, 2*inter], gate and up alternating
+                                                                 in the last dimension, and [E, inter, hidden]
+Experts without a gate (Nemotron-H) have up and down alone. Biases of separate experts end in ".bias".
 Quantised weights have more tensors: "weight_packed", "weight_scale", ... of an expert, "gate_up_proj_scale_inv", ... of
 a fused stack. They are found here and read in `compressed_tensors` and `fp8`.
 """
@@ -24,13 +27,15 @@ from .safetensors_dir import SafetensorsDir
 PROJECTIONS = ("gate", "up", "down")
 _ROLE = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _STEM = r"(?P<stem>(?:.*\.)?layers\.(?P<layer>[0-9]{1,6})\.(?:[A-Za-z_]+\.)?experts)\."
-_SEPARATE = re.compile(_STEM + r"(?P<expert>[0-9]{1,6})\.(?P<role>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_SEPARATE = re.compile(
+    _STEM + r"(?P<expert>[0-9]{1,6})\.(?P<role>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<kind>weight|bias)"
+)
 _BESIDE = re.compile(
     _STEM + r"(?P<expert>[0-9]{1,6})\.(?P<role>gate_proj|up_proj|down_proj|w1|w2|w3)"
     r"\.weight_(?P<suffix>packed|scale|scale_inv|shape|zero_point|g_idx)"
 )
 _FUSED_SCALE = re.compile(_STEM + r"(?P<role>gate_up_proj|down_proj)(?:\.weight)?_scale(?:_inv)?")
-_FUSED = re.compile(_STEM + r"(?P<role>gate_up_proj|down_proj)(?:\.weight)?")
+_FUSED = re.compile(_STEM + r"(?P<role>(?:gate_up_proj|up_proj|down_proj)(?:_bias)?)(?:\.weight)?")
 _ANY = re.compile(_STEM + r".*")
 
 
@@ -40,6 +45,8 @@ class Group:
 
     separate: dict[tuple[int, str], str] = field(default_factory=dict)
     """(expert, projection) -> name of its ".weight"."""
+    biases: dict[tuple[int, str], str] = field(default_factory=dict)
+    """As `separate`, of its ".bias"."""
     beside: dict[str, dict[tuple[int, str], str]] = field(default_factory=dict)
     """For "packed", "scale", "scale_inv", ...: (expert, projection) -> name of its ".weight_packed" and so on."""
     fused: dict[str, str] = field(default_factory=dict)
@@ -51,12 +58,16 @@ class Group:
 class ExpertSource:
     """Reads the experts of one layer one by one; an open folder, to be closed by close() or `with`."""
 
-    def __init__(self, folder: SafetensorsDir, group: Group, layer: int, hidden: int, inter: int) -> None:
+    def __init__(
+        self, folder: SafetensorsDir, group: Group, layer: int, hidden: int, inter: int, gated: bool = True
+    ) -> None:
         self._folder = folder
         self._group = group
         self._hidden = hidden
         self._inter = inter
-        self.n_experts = count_experts(folder, group, layer)
+        self._roles = PROJECTIONS if gated else PROJECTIONS[1:]
+        self._first = "gate_up_proj" if gated else "up_proj"
+        self.n_experts = count_experts(folder, group, layer, gated)
         """Experts that the files hold for this layer."""
 
     def __enter__(self) -> ExpertSource:
@@ -69,40 +80,82 @@ class ExpertSource:
         """Closes the files."""
         self._folder.close()
 
-    def read(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """gate, up [inter, hidden] and down [hidden, inter] of one expert, bf16, contiguous."""
+    def read(self, expert: int) -> tuple[Tensor | None, Tensor, Tensor]:
+        """gate (None without one), up [inter, hidden] and down [hidden, inter] of one expert, bf16."""
         h, i = self._hidden, self._inter
         if self._group.fused:
-            n = self.n_experts
-            gate_up = self._folder.read(self._group.fused["gate_up_proj"], (n, 2 * i, h), expert).to(torch.bfloat16)
-            down = self._folder.read(self._group.fused["down_proj"], (n, h, i), expert).to(torch.bfloat16)
-            return gate_up[:i], gate_up[i:], down
-        gate, up, down = (
-            self._folder.read(self._group.separate[expert, role], shape).to(torch.bfloat16)
-            for role, shape in zip(PROJECTIONS, ((i, h), (i, h), (h, i)), strict=True)
-        )
-        return gate, up, down
+            return self._read_fused(expert)
+        shapes = {"gate": (i, h), "up": (i, h), "down": (h, i)}
+        own = [self._read(self._group.separate[expert, role], shapes[role]) for role in self._roles]
+        return (own[0] if len(own) == 3 else None), own[-2], own[-1]
+
+    def _read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
+        return self._folder.read(name, shape, index).to(torch.bfloat16)
+
+    def _read_fused(self, expert: int) -> tuple[Tensor | None, Tensor, Tensor]:
+        n, h, i, names = self.n_experts, self._hidden, self._inter, self._group.fused
+        width = (len(self._roles) - 1) * i
+        if f"{self._first}_bias" in names:
+            first = self._read(names[self._first], (n, h, width), expert).T
+            down = self._read(names["down_proj"], (n, i, h), expert).T
+        else:
+            first = self._read(names[self._first], (n, width, h), expert)
+            down = self._read(names["down_proj"], (n, h, i), expert)
+        return *self._split(first), down
+
+    def _split(self, first: Tensor) -> tuple[Tensor | None, Tensor]:
+        """gate and up, along the first dimension; alternating in the layout that has biases."""
+        if self._first == "up_proj":
+            return None, first
+        if "gate_up_proj_bias" in self._group.fused:
+            return first[0::2], first[1::2]
+        return first[: self._inter], first[self._inter :]
+
+    def biases(self, expert: int) -> dict[str, Tensor]:
+        """gate_bias, up_bias [inter] and down_bias [hidden] of one expert, fp32; empty if there are none."""
+        h, i, fused = self._hidden, self._inter, self._group.fused
+        if f"{self._first}_bias" in fused:
+            n, width = self.n_experts, (len(self._roles) - 1) * i
+            first = self._folder.read(fused[f"{self._first}_bias"], (n, width), expert).float()
+            down = self._folder.read(fused["down_proj_bias"], (n, h), expert).float()
+            gate, up = self._split(first)
+            return ({} if gate is None else {"gate_bias": gate}) | {"up_bias": up, "down_bias": down}
+        sizes = {"gate": i, "up": i, "down": h}
+        names = {role: self._group.biases.get((expert, role)) for role in self._roles}
+        return {f"{role}_bias": self._folder.read(name, (sizes[role],)).float() for role, name in names.items() if name}
 
 
-def count_experts(folder: SafetensorsDir, group: Group, layer: int) -> int:
-    """Experts of a group. WeightFileError if there are gaps among the weights."""
+def count_experts(folder: SafetensorsDir, group: Group, layer: int, gated: bool = True) -> int:
+    """Experts of a group. WeightFileError if there are gaps among the weights, or gates where there should be none."""
     where = f"{folder.folder}, layer {layer}"
+    roles = PROJECTIONS if gated else PROJECTIONS[1:]
     if group.fused:
-        for role in ("gate_up_proj", "down_proj"):
-            if role not in group.fused:
-                raise WeightFileError(f"{where}: fused experts have no {role}")
-        name = group.fused["down_proj"]
-        shape = folder.entry(name).shape
-        if len(shape) != 3:
-            raise WeightFileError(f"{where}: tensor {name!r}: got shape {list(shape)}, expected 3 dimensions")
-        return shape[0]
-    names = group.beside.get("packed") or group.separate
-    count = 1 + max(expert for expert, _ in names)
-    # The highest number comes from a name, that is from anybody: count the tensors before looking for each.
-    if len(names) != 3 * count:
-        missing = next((e, p) for e in range(count) for p in PROJECTIONS if (e, p) not in names)
-        raise WeightFileError(f"{where}: expert {missing[0]} has no {missing[1]} weight")
+        return _count_fused(folder, group, where, "gate_up_proj" if gated else "up_proj")
+    weights = group.beside.get("packed") or group.separate
+    surplus = [name for (_, role), name in weights.items() if role not in roles]
+    if surplus:
+        raise WeightFileError(f"{where}: tensor {surplus[0]!r} is a gate, but the layer has experts without one")
+    count = 1 + max((expert for expert, _ in weights), default=0)
+    for kind, found in (("weight", weights), ("bias", group.biases)):
+        # The highest number comes from a name, that is from anybody: count the tensors before looking for each.
+        if len(found) != len(roles) * count and (found or kind == "weight"):
+            missing = next((e, p) for e in range(count) for p in roles if (e, p) not in found)
+            raise WeightFileError(f"{where}: expert {missing[0]} has no {missing[1]} {kind}")
     return count
+
+
+def _count_fused(folder: SafetensorsDir, group: Group, where: str, first: str) -> int:
+    needed = {first, "down_proj"}
+    if any(role.endswith("_bias") for role in group.fused):
+        needed |= {f"{first}_bias", "down_proj_bias"}
+    for role in sorted(needed ^ group.fused.keys()):
+        what = "have no" if role in needed else f"have a {role}, which does not belong beside"
+        raise WeightFileError(f"{where}: fused experts {what} {role if role in needed else first}")
+    name = group.fused["down_proj"]
+    shape = folder.entry(name).shape
+    if len(shape) != 3:
+        raise WeightFileError(f"{where}: tensor {name!r}: got shape {list(shape)}, expected 3 dimensions")
+    return shape[0]
 
 
 def find_group(folder: SafetensorsDir, layer: int) -> Group:
@@ -117,14 +170,15 @@ def find_group(folder: SafetensorsDir, layer: int) -> Group:
     return next(iter(groups.values()))
 
 
-def open_experts(folder: str, layer: int, hidden: int, inter: int) -> ExpertSource:
+def open_experts(folder: str, layer: int, hidden: int, inter: int, *, gated: bool = True) -> ExpertSource:
     """The experts of `layer` in a folder of safetensors files.
 
-    WeightFileError if the folder has none, has several candidates, or lacks a tensor of one.
+    WeightFileError if the folder has none, has several candidates, lacks a tensor of one, or has gates where the layer
+    has none.
     """
     opened = SafetensorsDir(folder)
     try:
-        return ExpertSource(opened, find_group(opened, layer), layer, hidden, inter)
+        return ExpertSource(opened, find_group(opened, layer), layer, hidden, inter, gated)
     except BaseException:
         opened.close()
         raise
@@ -158,7 +212,10 @@ def _groups(names: _Names) -> dict[int, dict[str, Group]]:
         elif match.re is _FUSED_SCALE:
             group.fused_scales[match["role"]] = name
         else:
-            same = group.separate if match.re is _SEPARATE else group.beside.setdefault(match["suffix"], {})
+            if match.re is _BESIDE:
+                same = group.beside.setdefault(match["suffix"], {})
+            else:
+                same = group.separate if match["kind"] == "weight" else group.biases
             key = (int(match["expert"]), _ROLE[match["role"]])
             if key in same:
                 raise WeightFileError(f"tensors {same[key]!r} and {name!r} claim the same weight")

@@ -54,6 +54,10 @@ class Fp8Source:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def biases(self, expert: int) -> dict[str, Tensor]:
+        """None: `open_source` refuses quantised experts that have some."""
+        return {}
+
     def close(self) -> None:
         """Closes the files."""
         self._folder.close()
