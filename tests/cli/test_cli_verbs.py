@@ -77,7 +77,9 @@ def test_user_errors_have_no_traceback(
     assert f"Error: there is no model folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
     assert run_main(monkeypatch, "generate", "--model", chat_model, "--prompt", "x", "--adapter", tmp_path) == 1
     assert "is not a PEFT adapter" in capsys.readouterr().err
-    assert run_main(monkeypatch, "generate", "--model", chat_model, "--prompt", "x", "--method", "AMXINT4") == 1
+    assert (
+        run_main(monkeypatch, "generate", "--model", chat_model, "--prompt", "x", "--method", "AMXINT4_KGroup_SFT") == 1
+    )
     assert "AMXINT4 is not implemented yet" in capsys.readouterr().err
 
 

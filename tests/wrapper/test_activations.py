@@ -59,7 +59,7 @@ def exact(
     hidden, ids, routing = inputs
     return layer_forward(
         weights, hidden.double(), ids, routing.double(), matrices, adapter.scaling if adapter else 1.0,
-        Rounding(wrapper.layer.format), activation=activation, biases=biases,
+        Rounding("int8" if ref.int8_products(wrapper) else "bf16"), activation=activation, biases=biases,
     )  # fmt: skip
 
 

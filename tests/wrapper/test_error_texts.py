@@ -4,8 +4,6 @@ import pytest
 import torch
 import torch_oracle as ref
 
-from ktmoe import KTMoEWrapper
-
 SHAPE = ref.Shape()
 
 
@@ -139,8 +137,3 @@ def test_state_survives_refused_calls() -> None:
     with pytest.raises(RuntimeError):
         wrapper.backward(GRAD, 7)
     wrapper.backward(GRAD)  # the forward still waits
-
-
-def test_the_default_method_is_named_by_its_error() -> None:
-    with pytest.raises(NotImplementedError, match="AMXINT4"):
-        KTMoEWrapper(0, 8, 2, 64, 32, 0, 1, 1, "", 128)

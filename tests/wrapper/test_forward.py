@@ -20,7 +20,7 @@ def test_against_the_oracle(monkeypatch, method, isa, n_tokens) -> None:
     monkeypatch.setenv("KTMOE_ISA", isa)
     wrapper = ref.loaded(SHAPE, method)
     assert wrapper.loaded
-    assert method == "MOE_INT8" or wrapper.layer.isa == isa
+    assert method.startswith("MOE_") or wrapper.layer.isa == isa
     hidden, ids, weights = ref.batch(SHAPE, n_tokens)
     out = run(wrapper, hidden, ids, weights)
     assert (out.dtype, out.shape) == (torch.bfloat16, hidden.shape)

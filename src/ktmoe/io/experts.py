@@ -161,7 +161,7 @@ def _count_fused(folder: SafetensorsDir, group: Group, where: str, first: str) -
 def find_group(folder: SafetensorsDir, layer: int) -> Group:
     """The expert tensors of `layer`. WeightFileError if the folder has none or several candidates."""
     groups = dict(_groups(_Names(folder.shards)).get(layer, {}))
-    groups = {stem: g for stem, g in groups.items() if g.separate or g.fused or "packed" in g.beside}
+    groups = {stem: g for stem, g in groups.items() if g.separate or g.biases or g.fused or "packed" in g.beside}
     if len(groups) > 1:
         # Multi-token-prediction heads number their own layers from 0.
         groups = {stem: g for stem, g in groups.items() if "mtp" not in stem.split(".")}
