@@ -82,7 +82,9 @@ def available_memory() -> int:
 def measure(threads: int, read_bytes: int | None = None) -> list[Limit]:
     """Runs every test that this CPU has, on `threads` threads. NoCompilerError if the program cannot be built."""
     program = compile_native(SOURCE)
-    run = subprocess.run([str(program), str(threads), str(read_bytes or buffer_bytes())], capture_output=True, text=True)
+    run = subprocess.run(
+        [str(program), str(threads), str(read_bytes or buffer_bytes())], capture_output=True, text=True
+    )
     if run.returncode:
         raise RuntimeError(f"{program} failed with status {run.returncode}: {run.stderr.strip()}")
     return [Limit(**json.loads(line)) for line in run.stdout.splitlines()]

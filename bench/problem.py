@@ -182,4 +182,3 @@ def reference(problem: Problem, x: Tensor, ids: Tensor, mix: Tensor, *, sft: boo
 def relative_error(got: Tensor, want: Tensor) -> float:
     """||got - want|| / ||want||"""
     return float((got.double() - want).norm() / want.norm())
-

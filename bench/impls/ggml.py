@@ -128,9 +128,7 @@ class LlamaCpp:
         """The CPU backend's extra buffer types repack; llama.cpp takes the first that supports the operation."""
         g, s = self.g, self.shape
         device = g.backend_get_device(self.backend)
-        address = g.backend_reg_get_proc_address(
-            g.backend_dev_backend_reg(device), b"ggml_backend_dev_get_extra_bufts"
-        )
+        address = g.backend_reg_get_proc_address(g.backend_dev_backend_reg(device), b"ggml_backend_dev_get_extra_bufts")
         if address:
             extra = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(address)(device)
             for index in range(64):

@@ -73,7 +73,7 @@ class Kt:
                 return found
         raise RuntimeError(f"kt-kernel has no {' or '.join(CLASSES[variant])} on this CPU")
 
-    def _pool(self, threads: int):  # noqa: ANN202
+    def _pool(self, threads: int):
         config = self.ext.WorkerPoolConfig()
         config.subpool_count, config.subpool_numa_map, config.subpool_thread_count = 1, [0], [threads]
         mine = {t.native_id for t in threading.enumerate()} | _tasks()
@@ -83,19 +83,19 @@ class Kt:
                 os.setpriority(os.PRIO_PROCESS, task, 19)  # the queue thread: it spins while the pool computes
         return cpu
 
-    def _config(self):  # noqa: ANN202
+    def _config(self):
         s = self.problem.shape
         config = self.ext.moe.MOEConfig(s.experts, s.top_k, s.hidden, s.inter, 0)
         config.max_len, config.pool = self.max_tokens, self.cpu.backend_
         return config
 
-    def _load(self, config, layer: int):  # noqa: ANN001, ANN202
+    def _load(self, config, layer: int):
         config.layer_idx = layer
         moe = self.cls(config)
         self._run(moe.load_weights_task(self.identity.data_ptr()))
         return moe
 
-    def _fill(self, config, variant: str) -> list[Tensor]:  # noqa: ANN001
+    def _fill(self, config, variant: str) -> list[Tensor]:
         """Points the configuration at weights in the format of the variant; returns what must stay alive."""
         matrices = ("gate", "up", "down")
         if variant in ("AMXINT8", "AMXINT4"):
@@ -116,7 +116,9 @@ class Kt:
         for name, tensor in zip(matrices, self.problem.weights, strict=True):
             values, scales = _quantized(self.problem, tensor, variant)
             setattr(config, f"{name}_projs", [[e.data_ptr() for e in values]])
-            setattr(config, f"{name}_scales", [[0 if scales is None else scales[e].data_ptr() for e in range(len(values))]])
+            setattr(
+                config, f"{name}_scales", [[0 if scales is None else scales[e].data_ptr() for e in range(len(values))]]
+            )
             keep += [values, scales]
         if variant != "BF16":
             config.quant_config.bits = 4 if variant == "RAWINT4" else 8

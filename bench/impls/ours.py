@@ -26,7 +26,8 @@ class Ktmoe:
         for layer in range(layers):
             wrapper = ktmoe.KTMoEWrapper(
                 layer, s.experts, s.top_k, s.hidden, s.inter, 0, threads, 1, "", max_tokens,
-                method=method, mode="sft" if sft else "inference", lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA, **options,
+                method=method, mode="sft" if sft else "inference", lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA,
+                **options,
             )  # fmt: skip
             wrapper.load_weights_from_tensors(*problem.weights)
             if sft:
