@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,25 @@ from bench.floors import best
 from bench.limits import Limit
 
 MARKERS = "osD^vP*Xhp<>"
-ROOF_LABELS = {"fp32": "fp32", "bf16": "bf16", "int8": "int8"}
+KINDS = ("fp32", "bf16", "int8")
 
 
 def roofs(axes: Axes, limits: Sequence[Limit], low: float, high: float) -> None:
     """The slope of the memory, and the level of each data type, where it is the lower one."""
     read = best(limits, "read").median
-    kinds = [kind for kind in ROOF_LABELS if any(limit.kind == kind for limit in limits)]
+    kinds = [kind for kind in KINDS if any(limit.kind == kind for limit in limits)]
     peaks = {kind: best(limits, kind) for kind in kinds}
     top = max(peak.median for peak in peaks.values())
     axes.plot([low, top / read], [low * read, top], color="black", linewidth=1.5)
-    axes.annotate(
-        f"DRAM read {read:.1f} GB/s", (low * 1.15, low * 1.15 * read), textcoords="offset points", xytext=(-2, 10),
-        rotation=0, fontsize=9,
+    middle = (low * top / read) ** 0.5
+    axes.text(
+        middle, 1.15 * middle * read, f"DRAM read {read:.1f} GB/s", fontsize=9, ha="center", va="bottom",
+        rotation=math.degrees(math.atan(read)), rotation_mode="anchor", transform_rotates_text=True,
     )  # fmt: skip
     for kind, peak in peaks.items():
         axes.plot([peak.median / read, high], [peak.median] * 2, color="black", linewidth=1.5)
         axes.annotate(
-            f"{ROOF_LABELS[kind]} {peak.median:.0f} Gop/s ({peak.name})", (high, peak.median), ha="right",
+            f"{kind} {peak.median:.0f} Gop/s ({peak.name})", (high, peak.median), ha="right",
             textcoords="offset points", xytext=(-4, 4), fontsize=9,
         )  # fmt: skip
 
@@ -60,6 +62,7 @@ def draw(rows: Sequence[dict[str, Any]], limits: Sequence[Limit], title: str, pa
                 )
         axes.set(xscale="log", yscale="log", xlabel="operations / byte of touched weights", title=shape)
         axes.set_xlim(low, high)
+        axes.set_ylim(top=2 * max(limit.median for limit in limits if limit.kind in KINDS))
         axes.grid(True, which="both", alpha=0.2)
         if lines:
             axes.legend(loc="lower right", title="method (labels: tokens)", fontsize=9)

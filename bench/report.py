@@ -86,9 +86,8 @@ def overhead_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def wrapper_table(costs: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        [f"{c['shape']} {c['impl']}", *(f"{1e6 * us:.1f}" for us in (c["wrapper"], c["direct"], c["wrapper"] - c["direct"])),
-         f"{c['percent']:+.1f} %"]
-        for c in costs
-    ]  # fmt: skip
+    lines = []
+    for cost in costs:
+        us = [1e6 * s for s in (cost["wrapper"], cost["direct"], cost["wrapper"] - cost["direct"])]
+        lines.append([f"{cost['shape']} {cost['impl']}", *(f"{u:.1f}" for u in us), f"{cost['percent']:+.1f} %"])
     return _aligned(("implementation", "wrapper.forward us", "layer.forward us", "cost us", "cost"), lines)
