@@ -17,6 +17,14 @@ from ktmoe.methods import methods_of
 FAST = ["--seconds", "0.02", "--rounds", "2", "--threads", "1", "--read-bytes", str(1 << 22)]
 
 
+@pytest.fixture
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves the seconds of measuring them again."""
+    kinds = {"fp32": "Gop/s", "int8": "Gop/s", "read": "GB/s"}
+    found = [limits.Limit(f"some {kind}", kind, unit, 100, 90, 110) for kind, unit in kinds.items()]
+    monkeypatch.setattr(limits, "measure", lambda *_: found)
+
+
 def run(tmp_path: Path, *more: str) -> dict[str, object]:
     assert bench.main([*FAST, "--out", str(tmp_path), *more]) == 0
     data: dict[str, object] = json.loads((tmp_path / "bench.json").read_text())
@@ -57,6 +65,7 @@ def test_inference_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "T: hidden 256, inter 256, 8 experts, top 2" in table
 
 
+@pytest.mark.usefixtures("known_limits")
 def test_sft_end_to_end(tmp_path: Path) -> None:
     data = run(tmp_path, "--mode", "sft", "--cells", "T:20")
     assert data["left_out"] == []
@@ -81,6 +90,7 @@ def test_without_a_compiler_there_are_no_floors_but_times(
     assert "there are no floors: no C++ compiler" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("known_limits")
 def test_what_fails_is_left_out_and_said(tmp_path: Path) -> None:
     data = run(tmp_path, "--cells", "T:1", "--methods", "BF16,NOSUCH", "--peers", "none", "--no-overhead")
     assert [row["impl"] for row in data["cells"]] == ["ktmoe:BF16"]
