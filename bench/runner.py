@@ -49,7 +49,7 @@ class Worker:
             [launch.python, "-m", "bench.worker"], cwd=ROOT, env={**os.environ, **launch.env},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        self.median_s = 0.0
+        self.fastest_s = 0.0
         self.tokens = 0
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Worker:
 
     def expects(self, tokens: int) -> float:
         """Seconds that a call of this size takes at most, judged by the last size; time grows no faster than tokens."""
-        return self.median_s * tokens / self.tokens if self.tokens else 0.0
+        return self.fastest_s * tokens / self.tokens if self.tokens else 0.0
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -162,7 +162,7 @@ def time_cell(workers: dict[str, Worker], outcome: Outcome, tokens: int, pace: P
                 outcome.samples.setdefault((worker.name, tokens, pass_), []).extend(column)
     for worker in live:
         worker.tokens = tokens
-        worker.median_s = sum(statistics.median(outcome.samples[worker.name, tokens, p]) for p in names)
+        worker.fastest_s = sum(min(outcome.samples[worker.name, tokens, p]) for p in names)
 
 
 def time_overhead(workers: dict[str, Worker], outcome: Outcome, pace: Pace) -> None:

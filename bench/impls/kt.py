@@ -59,10 +59,8 @@ class Kt:
         self.out = torch.empty(self.max_tokens, problem.shape.hidden, dtype=torch.bfloat16)
         self.identity = torch.arange(problem.shape.experts)
         config = self._config()
-        self.source = self._fill(config, variant)  # LLAMAFILE reads it later, too
+        self.source = self._fill(config, variant)  # kept: some classes read it in every call
         self.moes = [self._load(config, layer) for layer in range(layers)]
-        if self.cls.__name__ != "MOE":
-            del self.source
 
     def _class(self, variant: str) -> type:
         if variant not in CLASSES:

@@ -103,7 +103,7 @@ def test_a_size_that_would_take_too_long_is_left_out() -> None:
     worker = runner.Worker("ktmoe:BF16", Launch(), 60)
     try:
         assert worker.expects(1 << 20) == 0  # nothing to judge by yet
-        worker.median_s, worker.tokens = 2.0, 1024
+        worker.fastest_s, worker.tokens = 2.0, 1024
         outcome = runner.Outcome(SHAPES["T"])
         runner.time_cell({worker.name: worker}, outcome, 4096, runner.Pace(max_call_s=6), sft=False)
         assert outcome.left_out[0]["why"] == "a call may take 8 s"
