@@ -27,11 +27,13 @@ import ktmoe
 from bench import cells, limits, peers, report
 from bench.cells import Cell
 from bench.floors import better_of
-from bench.problem import SHAPES
+from bench.problem import SHAPES, Shape
 from bench.runner import Outcome, Pace, running, say, time_cell, time_overhead, time_wrapper
 from ktmoe import _ext
 from ktmoe.methods import methods_of
 
+BUSY = 0.15
+"""Drift of a limit from which on the table says that the machine was busy."""
 QUICK = {"tokens": "1,16,256", "shape": "S1", "seconds": 0.5, "rounds": 2, "peers": "torch:bf16"}
 
 
@@ -51,7 +53,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, help="per implementation and cell, all rounds together")
-    parser.add_argument("--max-call", type=float, default=6.0, help="leave out cells with longer calls (seconds)")
+    parser.add_argument("--max-call", type=float, default=5.0, help="leave out cells with longer calls (seconds)")
     parser.add_argument("--read-bytes", type=int, help="buffer of the bandwidth test; default: 4 x the caches")
     parser.add_argument(
         "--no-overhead", action="store_true", help="leave out TINY and the wrapper beside the extension"
@@ -163,9 +165,12 @@ def print_tables(data: dict[str, Any]) -> None:
     before, after = ([limits.Limit(**x) for x in data["limits"][key]] for key in ("before", "after"))
     if before:
         print(report.limit_table(before, after, data["limits"]["drift"]))
+        moved = max(map(abs, data["limits"]["drift"].values()))
+        if moved > BUSY:
+            print(f"The limits moved by up to {100 * moved:.0f} %: the machine was busy, so trust ratios at most.")
     for shape in data["shapes"]:
         rows = [row for row in data["cells"] if row["shape"] == shape["name"]]
-        print(f"\n{cells.Shape(**shape)}")
+        print(f"\n{Shape(**shape)}")
         print(report.cell_table(rows) if rows else "nothing was measured")
     if data["overhead"]:
         print(f"\n{SHAPES['TINY']}, 1 token\n{report.overhead_table(data['overhead'])}")

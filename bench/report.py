@@ -18,7 +18,13 @@ def rows_of(outcome: Outcome, limits: Sequence[Limit]) -> list[dict[str, Any]]:
     touched = {tokens: touched_experts(shape, tokens) for tokens in {t for _, t, _ in outcome.samples}}
     for (name, tokens, pass_), seconds in outcome.samples.items():
         loaded = outcome.loaded[name]
-        row = {"shape": shape.name, "experts": shape.experts, "tokens": tokens, "impl": name, "pass": pass_}
+        row: dict[str, Any] = {
+            "shape": shape.name,
+            "experts": shape.experts,
+            "tokens": tokens,
+            "impl": name,
+            "pass": pass_,
+        }
         row |= summary(seconds)
         row |= {
             "gops": shape.flops(tokens) / row["ms"] / 1e6,

@@ -32,7 +32,7 @@ class Pace:
     rounds: int = 3
     seconds: float = 1.0
     """For one implementation and cell, all rounds together; at least one call a round."""
-    max_call_s: float = 6.0
+    max_call_s: float = 5.0
     """A cell whose call would take longer, to judge by the one before, is left out."""
     patience_s: float = 180.0
     """A process that answers nothing for so long is given up."""

@@ -74,7 +74,7 @@ class Session:
         """Calls for about `seconds` after `warm` calls that do not count: {"samples": [[forward, backward?], ...]}."""
         for _ in range(warm):
             self._call(tokens)
-        samples = []
+        samples: list[list[float]] = []
         end = time.perf_counter() + seconds
         while not samples or time.perf_counter() < end:
             samples.append(self._call(tokens))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class Kt:
                 return found
         raise RuntimeError(f"kt-kernel has no {' or '.join(CLASSES[variant])} on this CPU")
 
-    def _pool(self, threads: int):
+    def _pool(self, threads: int) -> Any:
         config = self.ext.WorkerPoolConfig()
         config.subpool_count, config.subpool_numa_map, config.subpool_thread_count = 1, [0], [threads]
         mine = {t.native_id for t in threading.enumerate()} | _tasks()
@@ -81,19 +82,19 @@ class Kt:
                 os.setpriority(os.PRIO_PROCESS, task, 19)  # the queue thread: it spins while the pool computes
         return cpu
 
-    def _config(self):
+    def _config(self) -> Any:
         s = self.problem.shape
         config = self.ext.moe.MOEConfig(s.experts, s.top_k, s.hidden, s.inter, 0)
         config.max_len, config.pool = self.max_tokens, self.cpu.backend_
         return config
 
-    def _load(self, config, layer: int):
+    def _load(self, config: Any, layer: int) -> Any:
         config.layer_idx = layer
         moe = self.cls(config)
         self._run(moe.load_weights_task(self.identity.data_ptr()))
         return moe
 
-    def _fill(self, config, variant: str) -> list[Tensor]:
+    def _fill(self, config: Any, variant: str) -> list[Tensor]:
         """Points the configuration at weights in the format of the variant; returns what must stay alive."""
         matrices = ("gate", "up", "down")
         if variant in ("AMXINT8", "AMXINT4"):
@@ -110,14 +111,14 @@ class Kt:
                 setattr(config, f"{name}_proj", tensor.data_ptr())
                 setattr(config, f"{name}_type", int(kind))
             return packed
-        keep = []
+        keep: list[Tensor] = []
         for name, tensor in zip(matrices, self.problem.weights, strict=True):
             values, scales = _quantized(self.problem, tensor, variant)
             setattr(config, f"{name}_projs", [[e.data_ptr() for e in values]])
             setattr(
                 config, f"{name}_scales", [[0 if scales is None else scales[e].data_ptr() for e in range(len(values))]]
             )
-            keep += [values, scales]
+            keep += [values] if scales is None else [values, scales]
         if variant != "BF16":
             config.quant_config.bits = 4 if variant == "RAWINT4" else 8
             config.quant_config.group_size = INT4_GROUP if variant == "RAWINT4" else FP8_BLOCK

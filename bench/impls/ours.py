@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import parse_qsl
 
 import torch
@@ -21,7 +22,7 @@ class Ktmoe:
     ) -> None:
         s, self.layers, self.sft = problem.shape, layers, sft
         method, _, query = variant.partition("?")
-        options = {key: int(value) if value.isdigit() else value for key, value in parse_qsl(query)}
+        options: dict[str, Any] = {key: int(value) if value.isdigit() else value for key, value in parse_qsl(query)}
         self.wrappers = []
         for layer in range(layers):
             wrapper = ktmoe.KTMoEWrapper(
@@ -47,7 +48,8 @@ class Ktmoe:
 
     def direct(self) -> Callable[[Tensor, Tensor, Tensor], None]:
         """The extension's forward of layer 0 as the shortest caller would write it: nothing checked, one output."""
-        call, outs = self.wrappers[0].layer.forward, {}
+        call = self.wrappers[0].layer.forward
+        outs: dict[torch.Size, Tensor] = {}
 
         def run(x: Tensor, ids: Tensor, mix: Tensor) -> None:
             out = outs.get(x.shape)
