@@ -28,17 +28,17 @@ lint: build
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cc')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc bench -name '*.h' -o -name '*.cc')
 	$(PY) tools/check_layers.py
 	$(PY) tools/check_flags.py
 
 format: build
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cc')
+	$(VENV)/bin/clang-format -i $$(find csrc bench -name '*.h' -o -name '*.cc')
 
-bench: build  ## make bench ARGS="--shape S1 --tokens 1,16,256"
-	$(PY) bench/bench.py $(ARGS)
+bench: build  ## about 15 minutes; make bench ARGS=--quick, or ARGS="--cells S1:1,S1:64 --methods BF16"
+	$(PY) -m bench $(ARGS)
 
 clean:
 	rm -rf build $(STAMP)

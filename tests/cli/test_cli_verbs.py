@@ -80,7 +80,7 @@ def test_user_errors_have_no_traceback(
     assert (
         run_main(monkeypatch, "generate", "--model", chat_model, "--prompt", "x", "--method", "AMXINT4_KGroup_SFT") == 1
     )
-    assert "AMXINT4 is not implemented yet" in capsys.readouterr().err
+    assert "AMXINT4_KGroup_SFT is not implemented yet" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_exit_code_2(

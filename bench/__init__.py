@@ -1,0 +1,1 @@
+"""The benchmark of one layer of routed experts: `python -m bench --help`."""

@@ -1,0 +1,65 @@
+"""The implementations under test, by family: `family:variant`, one class each behind one small interface.
+
+An implementation is made for one shape, loads `layers` copies of the problem's weights, and runs. Adapters import
+what they drive when they are made, so that a family that is not installed costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bench.problem import Problem
+
+
+class Implementation(Protocol):
+    layers: int
+    packed_bytes: int
+    """Bytes of one layer's weights as they lie in memory; 0 if not known."""
+
+    def forward(self, layer: int, x: Tensor, ids: Tensor, mix: Tensor) -> Tensor: ...
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """Gradient of x of the last forward; only in sft mode."""
+        ...
+
+
+CLASSES = {
+    "ktmoe": "bench.impls.ours:Ktmoe",
+    "torch": "bench.impls.eager:Torch",
+    "kt": "bench.impls.kt:Kt",
+    "llamacpp": "bench.impls.ggml:LlamaCpp",
+}
+
+PEERS = {
+    "inference": (
+        *("torch:bf16", "torch:fp32", "torch:grouped"),
+        *("kt:BF16", "kt:AMXINT8", "kt:AMXINT4", "kt:RAWINT4", "kt:FP8", "kt:Q8_0", "kt:Q4_K"),
+        *("llamacpp:BF16", "llamacpp:Q8_0", "llamacpp:Q4_K"),
+    ),
+    "sft": ("torch:bf16",),
+}
+
+
+def family_of(name: str) -> str:
+    return name.partition(":")[0]
+
+
+def bytes_per_weight(name: str) -> float:
+    """About what an implementation holds for a weight, guessed from its name, to plan what fits the memory."""
+    parts = {"fp32": 4.0, "INT4": 0.65, "Q4": 0.65, "INT8": 1.1, "Q8": 1.1, "FP8": 1.1, "LLAMAFILE": 1.1}
+    return next((size for part, size in parts.items() if part in name), 2.0)
+
+
+def make(name: str, problem: Problem, **options: Any) -> Implementation:
+    """options: layers, threads, max_tokens, sft. ValueError for an unknown family."""
+    family, _, variant = name.partition(":")
+    if family not in CLASSES:
+        raise ValueError(f"implementation: got {name!r}, expected one of the families {', '.join(CLASSES)}")
+    module, _, cls = CLASSES[family].partition(":")
+    torch.set_num_threads(options["threads"])
+    made: Implementation = getattr(import_module(module), cls)(variant, problem, **options)
+    return made

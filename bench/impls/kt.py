@@ -1,0 +1,175 @@
+"""kt-kernel, through its C++ bindings: submit and sync on CPU tensors.
+
+Its pool busy-waits and wants a core more than it has compute threads. `environment()` and the low priority of its
+queue thread give it what it needs where there is none to spare: see brisk_sleep.cc.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.problem import Problem
+
+# The class of each variant, the best level first; which of them exist depends on the CPU.
+CLASSES = {
+    "BF16": ("AMXBF16_MOE", "AVX2BF16_MOE"),
+    "AMXINT8": ("AMXInt8_MOE",),
+    "AMXINT4": ("AMXInt4_MOE",),
+    "RAWINT4": ("AMXInt4_KGroup_MOE", "AVX2RawInt4_MOE"),
+    "FP8": ("AMXFP8_MOE", "AVX2FP8_MOE"),
+    "Q8_0": ("MOE",),
+    "Q4_K": ("MOE",),
+}
+ROW_STEP = 32
+INT4_GROUP = 32
+FP8_BLOCK = 128
+
+
+def environment() -> dict[str, str]:
+    """Variables that a process needs from its start. Empty where the helper cannot be built."""
+    from bench.limits import NoCompilerError, compile_native
+
+    try:
+        helper = compile_native(Path(__file__).with_name("brisk_sleep.cc"), ".so", ("-shared", "-fPIC"))
+    except NoCompilerError:
+        return {}
+    return {"LD_PRELOAD": str(helper)}
+
+
+class Kt:
+    packed_bytes = 0
+
+    def __init__(
+        self, variant: str, problem: Problem, *, layers: int, threads: int, max_tokens: int, sft: bool
+    ) -> None:
+        import kt_kernel
+
+        if sft:
+            raise ValueError("kt: only inference is measured")
+        self.ext, self.problem, self.layers = kt_kernel.kt_kernel_ext, problem, layers
+        self.cls = self._class(variant)
+        self.cpu = self._pool(threads)
+        self.max_tokens = -(-max_tokens // ROW_STEP) * ROW_STEP
+        self.count = torch.zeros(1, dtype=torch.int32)
+        self.out = torch.empty(self.max_tokens, problem.shape.hidden, dtype=torch.bfloat16)
+        self.identity = torch.arange(problem.shape.experts)
+        config = self._config()
+        self.source = self._fill(config, variant)  # kept: some classes read it in every call
+        self.moes = [self._load(config, layer) for layer in range(layers)]
+
+    def _class(self, variant: str) -> type:
+        if variant not in CLASSES:
+            raise ValueError(f"kt: got variant {variant!r}, expected one of {', '.join(CLASSES)}")
+        for name in CLASSES[variant]:
+            if hasattr(self.ext.moe, name):
+                found: type = getattr(self.ext.moe, name)
+                return found
+        raise RuntimeError(f"kt-kernel has no {' or '.join(CLASSES[variant])} on this CPU")
+
+    def _pool(self, threads: int) -> Any:
+        config = self.ext.WorkerPoolConfig()
+        config.subpool_count, config.subpool_numa_map, config.subpool_thread_count = 1, [0], [threads]
+        mine = {t.native_id for t in threading.enumerate()} | _tasks()
+        cpu = self.ext.CPUInfer(config)
+        for task in _tasks() - mine:
+            if not Path(f"/proc/self/task/{task}/comm").read_text().startswith("numa_"):
+                os.setpriority(os.PRIO_PROCESS, task, 19)  # the queue thread: it spins while the pool computes
+        return cpu
+
+    def _config(self) -> Any:
+        s = self.problem.shape
+        config = self.ext.moe.MOEConfig(s.experts, s.top_k, s.hidden, s.inter, 0)
+        config.max_len, config.pool = self.max_tokens, self.cpu.backend_
+        return config
+
+    def _load(self, config: Any, layer: int) -> Any:
+        config.layer_idx = layer
+        moe = self.cls(config)
+        self._run(moe.load_weights_task(self.identity.data_ptr()))
+        return moe
+
+    def _fill(self, config: Any, variant: str) -> list[Tensor]:
+        """Points the configuration at weights in the format of the variant; returns what must stay alive."""
+        matrices = ("gate", "up", "down")
+        if variant in ("AMXINT8", "AMXINT4"):
+            for name, tensor in zip(matrices, self.problem.weights, strict=True):
+                setattr(config, f"{name}_proj", tensor.data_ptr())
+            return []
+        if variant in ("Q8_0", "Q4_K"):
+            types = self.ext.kvcache.ggml_type
+            kind = getattr(types, variant)
+            packed = [self._gguf(w, kind) for w in self.problem.weights]
+            config.m_block, config.group_min_len, config.group_max_len = 32, 10, self.max_tokens
+            config.hidden_type = int(types.BF16)
+            for name, tensor in zip(matrices, packed, strict=True):
+                setattr(config, f"{name}_proj", tensor.data_ptr())
+                setattr(config, f"{name}_type", int(kind))
+            return packed
+        keep: list[Tensor] = []
+        for name, tensor in zip(matrices, self.problem.weights, strict=True):
+            values, scales = _quantized(self.problem, tensor, variant)
+            setattr(config, f"{name}_projs", [[e.data_ptr() for e in values]])
+            setattr(
+                config, f"{name}_scales", [[0 if scales is None else scales[e].data_ptr() for e in range(len(values))]]
+            )
+            keep += [values] if scales is None else [values, scales]
+        if variant != "BF16":
+            config.quant_config.bits = 4 if variant == "RAWINT4" else 8
+            config.quant_config.group_size = INT4_GROUP if variant == "RAWINT4" else FP8_BLOCK
+            config.quant_config.zero_point = False
+        return keep
+
+    def _gguf(self, weights: Tensor, kind: object) -> Tensor:
+        def pack(expert: Tensor) -> Tensor:
+            values = expert.float().contiguous()
+            packed: Tensor = self.ext.utils.from_float(values.data_ptr(), values.numel(), kind)
+            return packed
+
+        return torch.stack(self.problem.per_expert(weights, pack))
+
+    def _run(self, task: object) -> None:
+        self.cpu.submit(task)
+        self.cpu.sync()
+
+    def forward(self, layer: int, x: Tensor, ids: Tensor, mix: Tensor) -> Tensor:
+        self.count[0] = len(x)
+        pointers = (t.data_ptr() for t in (ids, mix, x, self.out))
+        self._run(self.moes[layer].forward_task(self.count.data_ptr(), ids.shape[1], *pointers, False))
+        return self.out[: len(x)]
+
+    def backward(self, grad: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def _tasks() -> set[int]:
+    return {int(task) for task in os.listdir("/proc/self/task")}
+
+
+def _quantized(problem: Problem, weights: Tensor, variant: str) -> tuple[Tensor, Tensor | None]:
+    """[experts, n, k] in the layouts that published checkpoints have, one scale tensor beside it."""
+    if variant == "BF16":
+        return weights, None
+    parts = problem.per_expert(weights, _int4 if variant == "RAWINT4" else _fp8)
+    return torch.stack([values for values, _ in parts]), torch.stack([scales for _, scales in parts])
+
+
+def _int4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric, groups of 32 along k, bf16 scales; two values a byte, the first in the low half, offset 8."""
+    groups = w.float().unflatten(1, (-1, INT4_GROUP))
+    scales = (groups.abs().amax(-1) / 7).clamp(min=1e-12).bfloat16()
+    nibbles = (groups / scales.float()[..., None]).round().clamp(-8, 7).add(8).to(torch.uint8).flatten(1)
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4, scales
+
+
+def _fp8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 with an fp32 scale for each block of 128 x 128."""
+    blocks = w.float().unflatten(0, (-1, FP8_BLOCK)).unflatten(2, (-1, FP8_BLOCK))
+    scales = blocks.abs().amax((1, 3)).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    values = (blocks / scales[:, None, :, None]).reshape(w.shape)
+    return values.to(torch.float8_e4m3fn), scales

@@ -1,0 +1,99 @@
+"""Results as rows (JSON) and as tables (text)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.cells import compare, summary
+from bench.floors import floor_of
+from bench.limits import Limit
+from bench.problem import touched_experts
+from bench.runner import Outcome
+
+
+def rows_of(outcome: Outcome, limits: Sequence[Limit]) -> list[dict[str, Any]]:
+    """One row for each implementation, size and pass. Without limits, or for a peer, `floor` is None."""
+    shape, rows = outcome.shape, []
+    touched = {tokens: touched_experts(shape, tokens) for tokens in {t for _, t, _ in outcome.samples}}
+    for (name, tokens, pass_), seconds in outcome.samples.items():
+        loaded = outcome.loaded[name]
+        row: dict[str, Any] = {
+            "shape": shape.name,
+            "experts": shape.experts,
+            "tokens": tokens,
+            "impl": name,
+            "pass": pass_,
+        }
+        row |= summary(seconds)
+        row |= {
+            "gops": shape.flops(tokens) / row["ms"] / 1e6,
+            "error": loaded["grad_error" if pass_ == "backward" else "error"],
+            "floor": None,
+            "fraction": None,
+            "samples_ms": [round(1e3 * s, 4) for s in seconds],
+        }
+        if limits and loaded["packed_bytes"]:
+            read = loaded["packed_bytes"] / shape.experts * touched[tokens]
+            method = name.partition(":")[2].partition("?")[0]
+            floor = floor_of(limits, method, shape.flops(tokens), read, backward=pass_ == "backward")
+            row |= {"floor": floor.to_json(), "fraction": floor.ms / row["ms"]}
+        rows.append(row)
+    compare(rows)
+    return rows
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}g}" if value < 10**digits else f"{value:.0f}"
+
+
+def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as needed; the first to the left, numbers to the right."""
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    left = {"implementation", "fastest peer as accurate", "bound", "test"}
+
+    def text(line: Sequence[str]) -> str:
+        cells = (c.ljust(w) if h in left else c.rjust(w) for h, c, w in zip(header, line, widths, strict=True))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(text(line) for line in [header, *lines])
+
+
+def cell_table(rows: Sequence[dict[str, Any]]) -> str:
+    header = (
+        *("tokens", "implementation", "ms", "p10", "p90", "Gop/s", "floor ms", "of floor", "bound", "error"),
+        *("time / peer", "fastest peer as accurate"),
+    )
+    lines = []
+    for row in sorted(rows, key=lambda r: (r["tokens"], r["pass"] == "backward", r["floor"] is None, r["ms"])):
+        floor = row["floor"]
+        name = row["impl"] + (" backward" if row["pass"] == "backward" else "")
+        times = [_number(row[key]) for key in ("ms", "p10", "p90", "gops")]
+        bounds = [_number(floor["ms"]), f"{row['fraction']:.2f}", floor["bound"]] if floor else ["-", "-", "-"]
+        peer = [f"{row['fair_peer_ratio']:.2f}x", row["fair_peer"]] if row["fair_peer"] else ["-", "-"]
+        lines.append([str(row["tokens"]), name, *times, *bounds, f"{row['error']:.1e}", *peer])
+    return _aligned(header, lines)
+
+
+def limit_table(before: Sequence[Limit], after: Sequence[Limit], drift: dict[str, float]) -> str:
+    later = {limit.name: limit for limit in after}
+    lines = [
+        [limit.name, limit.kind, _number(limit.median, 4), _number(later[limit.name].median, 4), limit.unit,
+         f"{100 * drift[limit.name]:+.0f} %"]
+        for limit in before
+    ]  # fmt: skip
+    return _aligned(("test", "kind", "before", "after", "unit", "drift"), lines)
+
+
+def overhead_table(rows: Sequence[dict[str, Any]]) -> str:
+    keys = ("us", "p10", "p90", "after_idle_us")
+    lines = [[row["impl"], *(f"{row[key]:.1f}" for key in keys)] for row in rows]
+    return _aligned(("implementation", "us a call", "p10", "p90", "after 80 ms idle"), lines)
+
+
+def wrapper_table(costs: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for cost in costs:
+        us = [1e6 * s for s in (cost["wrapper"], cost["direct"], cost["wrapper"] - cost["direct"])]
+        lines.append([f"{cost['shape']} {cost['impl']}", *(f"{u:.1f}" for u in us), f"{cost['percent']:+.1f} %"])
+    return _aligned(("implementation", "wrapper.forward us", "layer.forward us", "cost us", "cost"), lines)

@@ -1,0 +1,126 @@
+"""One implementation in a process of its own: commands in, answers out, one JSON object a line.
+
+Started by `runner.Worker`, in the interpreter of the implementation's family.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Answers go to a copy of stdout; what the implementations print goes nowhere.
+_answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+import torch  # noqa: E402
+
+from bench import impls  # noqa: E402
+from bench.problem import CHECK_SEED, CHECK_TOKENS, Problem, Shape, batch_seeds, relative_error  # noqa: E402
+
+
+class Session:
+    def __init__(self) -> None:
+        self.step = 0
+        self.batches: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+
+    def init(self, name: str, folder: str, shape: dict[str, Any], **options: Any) -> dict[str, Any]:
+        self.problem, self.sft = Problem(Path(folder), Shape(**shape)), options["sft"]
+        start = time.perf_counter()
+        self.impl = impls.make(name, self.problem, **options)
+        seconds = time.perf_counter() - start
+        return {
+            "load_s": seconds / self.impl.layers,
+            "packed_bytes": self.impl.packed_bytes,
+            "isa": getattr(self.impl, "isa", ""),
+        }
+
+    def check(self) -> dict[str, float]:
+        """Relative L2 errors against float64 on the original weights."""
+        want = self.problem.expected()
+        y = self.impl.forward(0, *self.problem.batch(CHECK_TOKENS, CHECK_SEED))
+        errors = {"error": relative_error(y, want["y"])}
+        if self.sft:
+            errors["grad_error"] = relative_error(self.impl.backward(torch.ones_like(y)), want["grad_x"])
+        return errors
+
+    def _next(self, tokens: int) -> tuple[int, tuple[torch.Tensor, ...]]:
+        """Layer and batch of the next call: both rotate, so that weights come from memory as in a model."""
+        if tokens not in self.batches:
+            self.batches = {tokens: [self.problem.batch(tokens, seed) for seed in batch_seeds(tokens)]}
+        batches = self.batches[tokens]
+        self.step += 1
+        return self.step % self.impl.layers, batches[self.step % len(batches)]
+
+    def _call(self, tokens: int) -> list[float]:
+        """Seconds of a forward, and of a backward in sft mode."""
+        layer, batch = self._next(tokens)
+        start = time.perf_counter()
+        y = self.impl.forward(layer, *batch)
+        seconds = [time.perf_counter() - start]
+        if self.sft:
+            grad = torch.ones_like(batch[0])
+            start = time.perf_counter()
+            self.impl.backward(grad)
+            seconds.append(time.perf_counter() - start)
+        del y
+        return seconds
+
+    def time(self, tokens: int, seconds: float, warm: int) -> dict[str, Any]:
+        """Calls for about `seconds` after `warm` calls that do not count: {"samples": [[forward, backward?], ...]}."""
+        for _ in range(warm):
+            self._call(tokens)
+        samples: list[list[float]] = []
+        end = time.perf_counter() + seconds
+        while not samples or time.perf_counter() < end:
+            samples.append(self._call(tokens))
+        return {"samples": samples}
+
+    def overhead(self, tokens: int, seconds: float, idle_s: float, idle_calls: int) -> dict[str, Any]:
+        """Calls back to back, then calls that each follow a pause."""
+        hot = self.time(tokens, seconds, warm=20)["samples"]
+        after_idle = []
+        for _ in range(idle_calls):
+            time.sleep(idle_s)
+            after_idle.append(self._call(tokens))
+        return {"hot": hot, "after_idle": after_idle}
+
+    def wrapper_cost(self, tokens: int, seconds: float) -> dict[str, float]:
+        """The public forward beside the direct extension call, taking turns: medians in seconds."""
+        direct = self.impl.direct()  # type: ignore[attr-defined]
+        times: dict[str, list[float]] = {"wrapper": [], "direct": []}
+        end = time.perf_counter() + seconds
+        while len(times["direct"]) < 20 or time.perf_counter() < end:
+            for turn in ("wrapper", "direct") if self.step // 2 % 2 else ("direct", "wrapper"):
+                _, batch = self._next(tokens)
+                start = time.perf_counter()
+                if turn == "wrapper":
+                    self.impl.forward(0, *batch)
+                else:
+                    direct(*batch)
+                times[turn].append(time.perf_counter() - start)
+        return {name: statistics.median(samples[4:]) for name, samples in times.items()}
+
+
+def serve() -> None:
+    session = Session()
+    for line in sys.stdin:
+        command = json.loads(line)
+        name = command.pop("command")
+        if name == "quit":
+            break
+        try:
+            answer = getattr(session, name)(**command)
+        except Exception as e:
+            answer = {"failed": f"{type(e).__name__}: {e}"}
+        _answers.write(json.dumps(answer) + "\n")
+    _answers.flush()
+    os._exit(0)  # some pools under test hang in their destructors
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,138 @@
+"""The whole bench on a tiny shape: seconds, not a measurement."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from bench import __main__ as bench
+from bench import limits, runner
+from bench.peers import Launch
+from bench.problem import SHAPES
+from ktmoe.methods import methods_of
+
+FAST = ["--seconds", "0.02", "--rounds", "2", "--threads", "1", "--read-bytes", str(1 << 22)]
+
+
+@pytest.fixture
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves the seconds of measuring them again."""
+    kinds = {"fp32": "Gop/s", "int8": "Gop/s", "read": "GB/s"}
+    found = [limits.Limit(f"some {kind}", kind, unit, 100, 90, 110) for kind, unit in kinds.items()]
+    monkeypatch.setattr(limits, "measure", lambda *_: found)
+
+
+def run(tmp_path: Path, *more: str) -> dict[str, object]:
+    assert bench.main([*FAST, "--out", str(tmp_path), *more]) == 0
+    data: dict[str, object] = json.loads((tmp_path / "bench.json").read_text())
+    return data
+
+
+def test_inference_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = run(tmp_path, "--cells", "T:1,T:20", "--peers", "torch:bf16,torch:fp32")
+    ours = [f"ktmoe:{m.name}" for m in methods_of("inference", implemented_only=True)]
+    assert data["left_out"] == []
+    assert {(row["impl"], row["tokens"]) for row in data["cells"]} == {
+        (name, tokens) for name in [*ours, "torch:bf16", "torch:fp32"] for tokens in (1, 20)
+    }
+    for row in data["cells"]:
+        assert row["n"] == len(row["samples_ms"]) >= 2
+        assert 0 < row["p10"] <= row["ms"] <= row["p90"]
+        # gaussian weights: the coarsest format here has 4 bits
+        assert 0 < row["error"] < (1e-5 if row["impl"] == "torch:fp32" else 1e-2 if "BF16" in row["impl"] else 0.3)
+        if row["impl"] in ours:
+            floor = row["floor"]
+            assert row["fraction"] == pytest.approx(floor["ms"] / row["ms"])
+            assert floor["flops"] == 6 * row["tokens"] * 2 * 256 * 256
+            assert row["fair_peer"].startswith("torch:")
+        else:
+            assert row["floor"] is None
+    bf16 = next(row for row in data["cells"] if row["impl"] == "ktmoe:BF16" and row["tokens"] == 1)
+    assert bf16["floor"]["bytes"] >= 2 * 3 * 256 * 256 * 2  # two experts of three bf16 matrices
+    assert {x["kind"] for x in data["limits"]["before"]} >= {"fp32", "read"}
+    assert set(data["limits"]["drift"]) == {x["name"] for x in data["limits"]["after"]}
+    assert {row["impl"] for row in data["overhead"]} == {*ours, "torch:bf16"}
+    assert all(row["us"] > 0 and row["after_idle_us"] > 0 for row in data["overhead"])
+    assert {row["impl"] for row in data["wrapper"]} == set(ours)
+    image = (tmp_path / "roofline.png").read_bytes()
+    assert image[:8] == b"\x89PNG\r\n\x1a\n"
+    assert min(struct.unpack(">II", image[16:24])) > 500
+    table = capsys.readouterr().out
+    assert "of floor" in table
+    assert "T: hidden 256, inter 256, 8 experts, top 2" in table
+
+
+@pytest.mark.usefixtures("known_limits")
+def test_sft_end_to_end(tmp_path: Path) -> None:
+    data = run(tmp_path, "--mode", "sft", "--cells", "T:20")
+    assert data["left_out"] == []
+    assert {row["pass"] for row in data["cells"]} == {"forward", "backward"}
+    assert {row["impl"] for row in data["cells"]} == {
+        "torch:bf16",
+        *(f"ktmoe:{m.name}" for m in methods_of("sft", implemented_only=True)),
+    }
+    assert all(0 < row["error"] < 0.3 for row in data["cells"])
+
+
+def test_without_a_compiler_there_are_no_floors_but_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(*_: object) -> None:
+        raise limits.NoCompilerError("no C++ compiler")
+
+    monkeypatch.setattr(limits, "measure", none)
+    data = run(tmp_path, "--cells", "T:1", "--methods", "BF16", "--peers", "none", "--no-overhead")
+    assert [row["floor"] for row in data["cells"]] == [None]
+    assert not (tmp_path / "roofline.png").exists()
+    assert "there are no floors: no C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("known_limits")
+def test_what_fails_is_left_out_and_said(tmp_path: Path) -> None:
+    data = run(tmp_path, "--cells", "T:1", "--methods", "BF16,NOSUCH", "--peers", "none", "--no-overhead")
+    assert [row["impl"] for row in data["cells"]] == ["ktmoe:BF16"]
+    (gone,) = data["left_out"]
+    assert gone["impl"] == "ktmoe:NOSUCH"
+    assert "Method NOSUCH not supported in inference mode" in gone["why"]
+
+
+def test_a_size_that_would_take_too_long_is_left_out() -> None:
+    worker = runner.Worker("ktmoe:BF16", Launch(), 60)
+    try:
+        assert worker.expects(1 << 20) == 0  # nothing to judge by yet
+        worker.fastest_s, worker.tokens = 2.0, 1024
+        outcome = runner.Outcome(SHAPES["T"])
+        runner.time_cell({worker.name: worker}, outcome, 4096, runner.Pace(max_call_s=6), sft=False)
+        assert outcome.left_out[0]["why"] == "a call may take 8 s"
+        assert not outcome.samples
+    finally:
+        worker.close()
+
+
+def test_a_dead_process_is_an_error_not_a_hang() -> None:
+    worker = runner.Worker("ktmoe:BF16", Launch(), 60)
+    worker.process.kill()
+    with pytest.raises(runner.WorkerError, match="process ended with status -9"):
+        worker.ask("check")
+    worker.close()
+    worker = runner.Worker("ktmoe:BF16", Launch(), 0.0)
+    with pytest.raises(runner.WorkerError, match="no answer to 'check' for 0 s"):
+        worker.ask("check")
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--cells", "S9:1"], "--cells: got 'S9:1'"),
+        (["--peers", "nobody:bf16"], "--peers: got 'nobody:bf16'"),
+        (["--shape", "S1", "--tokens", "0"], "--cells: got 'S1:0'"),
+    ],
+)
+def test_wrong_options_are_named(option: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(option)
+    assert message in capsys.readouterr().err
