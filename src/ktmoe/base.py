@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -14,8 +14,13 @@ from .capsule import rows_in_one_piece, to_dlpack
 from .config import MoEConfig
 from .errors import WeightFileError, not_available, weights_not_loaded
 from .io.experts import open_experts
+from .io.packed_dir import is_packed_dir, packed_file_of
+from .io.read_ahead import read_ahead
 from .lora import LoraMirror, PackedLora
-from .methods import Method
+from .memory import check_memory
+from .methods import METHODS, Method
+from .packed_weights import PackedWeights
+from .packing import Progress, ReadExpert
 from .runtime import CPUInfer, engine_for, isa_without_amx
 
 # Looked up on every forward: module globals are cheaper than attributes of torch.
@@ -38,7 +43,7 @@ def only_in(mode: str, name: str) -> Callable[..., Any]:
     return method
 
 
-class BaseMoEWrapper:
+class BaseMoEWrapper(PackedWeights):
     """The routed experts of one MoE layer. Made by `KTMoEWrapper`; see there for the parameters.
 
     Expert weights: gate and up [inter, hidden], down [hidden, inter]; y = down(silu(gate(x)) * up(x)).
@@ -62,22 +67,29 @@ class BaseMoEWrapper:
         self.max_deferred_experts_per_token = config.max_deferred_experts_per_token
         self.cpu_infer: CPUInfer = engine_for(config)
         assert method.format is not None  # methods.resolve refused the others
-        self.layer = _ext.MoeLayer(
-            self.cpu_infer.pool,
-            config.num_experts,
-            config.num_experts_per_tok,
-            config.hidden_size,
-            config.moe_intermediate_size,
-            method.format,
-            "" if method.amx else isa_without_amx(),
-            config.chunked_prefill_size,
-            to_dlpack(config.gpu_experts_mask.to(torch.uint8)) if config.num_gpu_experts else None,
-        )
+        self.layer = self._new_layer(method.format, method.format)
         self.mirror = LoraMirror(
             self.cpu_infer.pool, config.num_experts, config.hidden_size, config.moe_intermediate_size
         )
         """Packed LoRA of `ktmoe.autograd.moe_forward`."""
         self._cpu_experts = [e for e, on_gpu in enumerate(config.gpu_experts_mask.tolist()) if not on_gpu]
+
+    def _new_layer(self, gate_up_format: str, down_format: str) -> _ext.MoeLayer:
+        """An empty engine layer of these formats. ValueError for a format that the engine does not have."""
+        config = self.config
+        if gate_up_format != down_format:
+            raise ValueError(f"formats: got {gate_up_format} and {down_format}, expected the same for gate/up and down")
+        return _ext.MoeLayer(
+            self.cpu_infer.pool,
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            gate_up_format,
+            "" if METHODS[self.method].amx else isa_without_amx(),
+            config.chunked_prefill_size,
+            to_dlpack(config.gpu_experts_mask.to(torch.uint8)) if config.num_gpu_experts else None,
+        )
 
     def __repr__(self) -> str:
         c = self.config
@@ -93,15 +105,26 @@ class BaseMoEWrapper:
         """True when every expert that is not on the GPU has been loaded."""
         return self.layer.loaded
 
-    def load_weights(self, physical_to_logical_map: Tensor | None = None) -> None:
-        """Loads this layer's experts from `weight_path`, a folder with safetensors files in a Hugging Face layout.
+    def load_weights(self, physical_to_logical_map: Tensor | None = None, *, progress: Progress | None = None) -> None:
+        """Loads this layer's experts from the folder `weight_path`.
+
+        A folder made by `ktmoe quantize` is mapped: nothing is read or copied, processes share the memory. From
+        safetensors files in a Hugging Face layout (BF16, F16, F32) the experts are packed, two in memory at a time;
+        what cpu_save=True has kept beside them is mapped instead if those files have not changed since.
 
         physical_to_logical_map: integers [num_experts]; slot e gets the weights of the file's expert map[e].
-        None: slot e gets expert e. BF16, F16 and F32 files are read, one expert in memory at a time.
-        WeightFileError if the files are missing, damaged or do not fit the layer; the layer is then not loaded.
+        None: slot e gets expert e. progress: called after each packed expert with the bytes read for it.
+        WeightFileError if the files are missing, damaged or do not fit the layer, MemoryError if it clearly does not
+        fit into memory, OSError if cpu_save cannot write; the layer is then not loaded.
         """
         if not self.weight_path:
             raise ValueError("weight_path: got an empty path, expected the folder of the model's safetensors files")
+        if is_packed_dir(self.weight_path):
+            self.load_packed(packed_file_of(self.weight_path, self.layer_idx), physical_to_logical_map)
+            return
+        if (kept := self._kept_file()) is not None:
+            self.load_packed(kept, physical_to_logical_map)
+            return
         with open_experts(self.weight_path, self.layer_idx, self.hidden_size, self.moe_intermediate_size) as source:
             where = f"{self.weight_path}, layer {self.layer_idx}"
             if physical_to_logical_map is None and source.n_experts != self.num_experts:
@@ -109,9 +132,10 @@ class BaseMoEWrapper:
                     f"{where}: got {source.n_experts} experts, expected num_experts={self.num_experts}"
                 )
             slots = self._slots(physical_to_logical_map, source.n_experts, where)
-            with self._loading():
-                for slot, logical in slots:
-                    self.load_expert(slot, *source.read(logical))
+            if self.cpu_save:
+                self._load_and_keep(source.read, source.n_experts, physical_to_logical_map, progress)
+            else:
+                self.load_experts(source.read, slots, progress)
 
     def load_weights_from_tensors(
         self, gate: Tensor, up: Tensor, down: Tensor, physical_to_logical_map: Tensor | None = None
@@ -127,9 +151,36 @@ class BaseMoEWrapper:
         for name, tensor, shape in (("gate", gate, (n, i, h)), ("up", up, (n, i, h)), ("down", down, (n, h, i))):
             _check_weight(name, tensor, shape)
         slots = self._slots(physical_to_logical_map, n, "gate, up, down")
+
+        def read(expert: int) -> tuple[Tensor, ...]:
+            return gate[expert], up[expert], down[expert]
+
+        if self.cpu_save:
+            self._load_and_keep(read, n, physical_to_logical_map)
+        else:
+            self.load_experts(read, slots)
+
+    def load_experts(
+        self, read: ReadExpert, slots: Sequence[tuple[int, int]] | None = None, progress: Progress | None = None
+    ) -> None:
+        """Packs experts into memory; the next one is read while one is packed.
+
+        read(e): the tensors of expert e, as `load_expert` takes them, from a thread of its own. slots: (slot, e) of
+        every expert on the CPU; None: slot e is expert e. progress: called after each expert with the bytes read.
+        MemoryError before any work if the layer clearly does not fit; whatever is raised, the layer is then not loaded.
+        """
+        slots = self._slots(None, self.num_experts, "") if slots is None else slots
+        source_bytes = 2 * 3 * self.hidden_size * self.moe_intermediate_size
+        need = self.layer.expert_bytes * len(slots) + 2 * source_bytes - self.layer.packed_bytes
+        check_memory(need, f"layer {self.layer_idx}: {len(slots)} experts in {self.layer.format}")
+
+        def use(slot: tuple[int, int], tensors: tuple[Tensor, ...]) -> None:
+            self.load_expert(slot[0], *tensors)
+            if progress is not None:
+                progress(sum(tensor.nbytes for tensor in tensors))
+
         with self._loading():
-            for slot, logical in slots:
-                self.load_expert(slot, gate[logical], up[logical], down[logical])
+            read_ahead(lambda slot: read(slot[1]), slots, use)
 
     def load_expert(self, expert: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
         """Loads one expert, for callers that stream: gate, up bf16 CPU [inter, hidden]; down bf16 CPU [hidden, inter].

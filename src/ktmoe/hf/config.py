@@ -26,6 +26,7 @@ class KTMoEConfig(QuantizationConfigMixin):
     cpuinfer_threads: number of threads; None means one per physical core that this process may use.
     threadpool_count: number of sub-pools; None means one per NUMA node.
     chunked_prefill_size: longer inputs are computed in chunks of this many tokens.
+    cache: keep the packed experts in ktmoe's cache, and map them at the next start (KTMOE_CACHE=off turns it off, too).
 
     Raises ValueError for an unknown method or a number out of range, NotImplementedError for a method to come.
     """
@@ -36,6 +37,7 @@ class KTMoEConfig(QuantizationConfigMixin):
         cpuinfer_threads: int | None = None,
         threadpool_count: int | None = None,
         chunked_prefill_size: int = DEFAULT_CHUNK,
+        cache: bool = True,
         **kwargs: Any,
     ) -> None:
         # A config read back from JSON carries its own name.
@@ -55,6 +57,7 @@ class KTMoEConfig(QuantizationConfigMixin):
         self.cpuinfer_threads = cpuinfer_threads
         self.threadpool_count = threadpool_count
         self.chunked_prefill_size = chunked_prefill_size
+        self.cache = bool(cache)
 
 
 def check_method(method: str) -> None:

@@ -1,4 +1,4 @@
-"""Maps the tensors of a checkpoint to experts and feeds them to the engine one expert at a time.
+"""Maps the tensors of a checkpoint to experts and reads them one expert at a time.
 
 The names are translated by transformers' own conversion table, so every layout that transformers can read under a name
 of its own ("w1/w3/w2", "gate_proj/up_proj/down_proj", already fused stacks) needs no code here.
@@ -7,7 +7,7 @@ of its own ("w1/w3/w2", "gate_proj/up_proj/down_proj", already fused stacks) nee
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -128,8 +128,8 @@ class _NameTable:
         return int(numbered["expert"])
 
 
-def load_expert(spec: ExpertsSpec, plan: Plan, source: TensorSource, expert: int, sink: Callable[..., None]) -> None:
-    """Reads gate, up [I, H] and down [H, I] of one expert and calls ``sink(expert, gate, up, down)`` (bf16, C order).
+def read_expert(spec: ExpertsSpec, plan: Plan, source: TensorSource, expert: int) -> tuple[torch.Tensor, ...]:
+    """gate, up [I, H] and down [H, I] of one expert, bf16 in C order.
 
     WeightFileError if a tensor has another shape or is not made of plain floats.
     """
@@ -139,7 +139,7 @@ def load_expert(spec: ExpertsSpec, plan: Plan, source: TensorSource, expert: int
         if piece.key not in tensors:
             tensors[piece.key] = source.read(piece.key, _stored_shape(spec, role, piece), piece.index)
     matrices = (tensors[piece.key].chunk(piece.parts)[piece.part] for piece in pieces)
-    sink(expert, *(matrix.to(torch.bfloat16).contiguous() for matrix in matrices))
+    return tuple(matrix.to(torch.bfloat16).contiguous() for matrix in matrices)
 
 
 def _stored_shape(spec: ExpertsSpec, role: str, piece: Piece) -> tuple[int, ...]:
