@@ -62,11 +62,12 @@ class PackedWeights:
         self.layer = layer
 
     def _layer_for(self, info: PackedInfo, path: str) -> _ext.MoeLayer:
-        """Our layer, or a new one for a method whose formats come from its files."""
+        """A new engine layer for the file: an older mapping goes when the older layer is no longer used.
+
+        A method whose formats come from its files takes those of the file.
+        """
         formats = (info.gate_up_format, info.down_format)
-        if formats == formats_of(self.layer):
-            return self.layer
-        if info.method != self.method:
+        if formats != formats_of(self.layer) and info.method != self.method:
             expected = " and ".join(dict.fromkeys(formats_of(self.layer)))
             got = " and ".join(dict.fromkeys(formats))
             raise WeightFileError(

@@ -15,6 +15,7 @@ from ktmoe.io.fingerprint import folder_fingerprint
 from ktmoe.io.model_shape import read_model_shape
 from ktmoe.io.packed_dir import PackedIndex, is_packed_dir, read_packed_index, write_packed_index
 from ktmoe.io.packed_file import layer_file
+from ktmoe.io.packed_writer import PART
 from ktmoe.methods import METHODS
 from ktmoe.packing import holds, pack_layer
 from ktmoe.wrapper import KTMoEWrapper
@@ -46,7 +47,7 @@ class PackedModel:
         )
         if is_packed_dir(str(self._output)):
             self._check_same(index)
-        elif self._output.is_dir() and any(self._output.iterdir()):
+        elif self._output.is_dir() and any(file.suffix != PART for file in self._output.iterdir()):
             raise UserError(f"{self._output} is not empty and holds no packed experts: choose another folder")
         write_packed_index(str(self._output), index)
         for layer in self.layers:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ktmoe import cache
+from ktmoe.errors import WeightFileError
 from ktmoe.hf.experts import KTExperts
 from ktmoe.hf.streaming import Plan, TensorSource, read_expert
-from ktmoe.io.fingerprint import fingerprint
+from ktmoe.io.fingerprint import fingerprint, folder_fingerprint
+from ktmoe.io.packed_dir import packed_file_of, read_packed_index
 from ktmoe.io.packed_file import PackedInfo, layer_file
 from ktmoe.memory import check_memory
 from ktmoe.packing import Progress, ReadExpert, holds, pack_layer
@@ -38,6 +40,18 @@ def fill_layers(
             layer.backend.load_experts(read, progress=progress)
 
 
+def map_folder(layers: Sequence[KTExperts], folder: str, files: Sequence[Path]) -> None:
+    """Maps every layer from a folder made by `ktmoe quantize`. WeightFileError if one does not fit.
+
+    files: the weight files of the model; a folder that was made of others is a warning, since a copy looks like one.
+    """
+    source = read_packed_index(folder).source
+    if source != folder_fingerprint(str(files[0].parent)):
+        _log.warning("%s was packed from other files than those in %s, or from a copy", folder, files[0].parent)
+    for layer in layers:
+        layer.backend.load_packed(packed_file_of(folder, layer.spec.layer_idx))
+
+
 class ExpertCache:
     """The packed layers of one model in one method. What goes wrong while writing is one warning, and no cache."""
 
@@ -58,7 +72,10 @@ class ExpertCache:
         path = self._path(layer)
         if not holds(path, self._info(layer)):
             return False
-        layer.backend.load_packed(path)
+        try:
+            layer.backend.load_packed(path)
+        except WeightFileError:  # deleted or replaced a moment ago
+            return False
         for _ in range(layer.spec.n_experts):
             progress(0)
         return True

@@ -5,6 +5,7 @@ Registered with transformers under the name "ktmoe" when this module is imported
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers.quantizers import register_quantization_config
@@ -27,6 +28,7 @@ class KTMoEConfig(QuantizationConfigMixin):
     threadpool_count: number of sub-pools; None means one per NUMA node.
     chunked_prefill_size: longer inputs are computed in chunks of this many tokens.
     cache: keep the packed experts in ktmoe's cache, and map them at the next start (KTMOE_CACHE=off turns it off, too).
+    packed: a folder that `ktmoe quantize` has made of this model; its experts are mapped, the checkpoint's are not read.
 
     Raises ValueError for an unknown method or a number out of range, NotImplementedError for a method to come.
     """
@@ -38,6 +40,7 @@ class KTMoEConfig(QuantizationConfigMixin):
         threadpool_count: int | None = None,
         chunked_prefill_size: int = DEFAULT_CHUNK,
         cache: bool = True,
+        packed: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         # A config read back from JSON carries its own name.
@@ -58,6 +61,7 @@ class KTMoEConfig(QuantizationConfigMixin):
         self.threadpool_count = threadpool_count
         self.chunked_prefill_size = chunked_prefill_size
         self.cache = bool(cache)
+        self.packed = None if packed is None else os.fspath(packed)
 
 
 def check_method(method: str) -> None:

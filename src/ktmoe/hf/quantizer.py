@@ -16,11 +16,11 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from ktmoe.hf import peft_bridge
-from ktmoe.hf.cached import ExpertCache, fill_layers
+from ktmoe.hf.cached import ExpertCache, fill_layers, map_folder
 from ktmoe.hf.checkpoint import CheckpointFiles
 from ktmoe.hf.config import QUANT_METHOD, KTMoEConfig
 from ktmoe.hf.experts import KTExperts
-from ktmoe.hf.streaming import Plan, plan_checkpoint
+from ktmoe.hf.streaming import plan_checkpoint
 from ktmoe.hf.structure import DOWN, GATE_UP, ExpertsSpec, find_experts
 
 
@@ -62,20 +62,21 @@ class KTMoEQuantizer(HfQuantizer):
         from transformers.utils import logging
 
         layers = list(ktmoe_layers(model))
+        config = self.quantization_config
+        if config.packed is not None:
+            map_folder(layers, config.packed, self._files)
+            return model
         specs = [layer.spec for layer in layers]
         with CheckpointFiles(self._files) as source:
             plan = plan_checkpoint(source.keys(), specs, self._conversions, str(model.base_model_prefix))
-            desc = f"Packing experts ({self.quantization_config.method})"
+            kept = ExpertCache.open(self._files, config.method, plan) if config.cache else None
+            desc = f"Packing experts ({config.method})"
             with logging.tqdm(total=sum(spec.n_experts for spec in specs), desc=desc, unit="expert") as bar:
-                fill_layers(layers, plan, source, self._cache(plan), _Speed(bar))
+                fill_layers(layers, plan, source, kept, _Speed(bar))
         unfilled = [layer.spec.name for layer in layers if not layer.backend.loaded]
         if unfilled:
             raise RuntimeError(f"Weights not loaded: {', '.join(unfilled)}")
         return model
-
-    def _cache(self, plan: Plan) -> ExpertCache | None:
-        config = self.quantization_config
-        return ExpertCache.open(self._files, config.method, plan) if config.cache else None
 
     def is_serializable(self) -> bool:
         """False: packed experts are no checkpoint. Adapters save as usual."""

@@ -24,6 +24,7 @@ def fingerprint(files: Iterable[str | os.PathLike[str]], extra: str = "") -> str
 
 def folder_fingerprint(path: str) -> str:
     """The fingerprint of all weight files in a folder, or of those beside a single file. OSError if it is missing."""
+    os.stat(path)
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     names = [name for name in os.listdir(folder) if name.endswith(_WEIGHTS)]
     return fingerprint(os.path.join(folder, name) for name in names)

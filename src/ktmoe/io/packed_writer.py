@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _log = logging.getLogger("ktmoe")
-_PART = ".part"
+PART = ".part"
+"""Ending of a file that is being written."""
 
 
 class PackedWriter:
@@ -36,7 +37,7 @@ class PackedWriter:
         self._digests = np.zeros((info.n_experts + 1, DIGEST_BYTES), np.uint8)
         self._missing = set(range(info.n_experts))
         self._lock = threading.Lock()
-        self._fd = _open_locked(path + _PART)
+        self._fd = _open_locked(path + PART)
 
     def reserve(self) -> None:
         """Takes the disk space, so that a full disk is noticed before the work."""
@@ -64,7 +65,7 @@ class PackedWriter:
         _write(self._fd, self._digests.data.cast("B"), self._places["checksums"][0])
         _write(self._fd, memoryview(self._header), 0)
         os.fsync(self._fd)
-        os.rename(self.path + _PART, self.path)
+        os.rename(self.path + PART, self.path)
         self._close()
         sync_folder(os.path.dirname(self.path))
 
@@ -77,15 +78,16 @@ class PackedWriter:
 
     def __exit__(self, *_: object) -> None:
         if self._fd >= 0:
-            os.unlink(self.path + _PART)
+            os.unlink(self.path + PART)
             self._close()
 
 
 def write_file(path: str, data: bytes) -> None:
     """A small file, atomically: the old one or the new one, never a mixture."""
-    part = f"{path}.{os.getpid()}-{threading.get_ident()}{_PART}"
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    part = path + PART
+    descriptor = _open_locked(part)
     try:
+        os.ftruncate(descriptor, 0)
         _write(descriptor, memoryview(data), 0)
         os.fsync(descriptor)
         os.rename(part, path)
