@@ -240,6 +240,13 @@ def test_verify_without_the_source(model: Path, tmp_path: Path) -> None:
     invoke("quantize", tmp_path / "moved", "-o", out)  # the same files elsewhere
 
 
+def test_verify_of_what_cpu_save_keeps(model: Path) -> None:
+    ref.make(SHAPE, "BF16", layer_idx=1, weight_path=model, cpu_save=True).load_weights()
+    text = invoke("verify", model / "ktmoe-BF16")
+    assert "1 layers as BF16" in text
+    assert "has not changed" in text
+
+
 def test_hub_id(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

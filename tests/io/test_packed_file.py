@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -287,3 +290,21 @@ def test_small_files_are_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             write_file(str(path), b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_systems_that_can_do_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No locks, no reservation of space, no fsync of folders."""
+    expected = write(tmp_path / "a").read_bytes()
+    fsync = os.fsync
+
+    def not_supported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", not_supported)
+    monkeypatch.setattr(os, "posix_fallocate", not_supported)
+    monkeypatch.setattr(os, "fsync", lambda fd: not_supported() if stat.S_ISDIR(os.fstat(fd).st_mode) else fsync(fd))
+    with PackedWriter(str(tmp_path / "b"), INFO) as writer:
+        writer.put(0, ROWS[1])
+        assert write(tmp_path / "b").read_bytes() == expected  # the other one at the same time, with a file of its own
+    assert (tmp_path / "b").read_bytes() == expected
+    assert write(tmp_path / "b").read_bytes() == expected

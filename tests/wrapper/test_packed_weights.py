@@ -334,3 +334,16 @@ def test_fingerprint_of_a_content_addressed_store(tmp_path: Path) -> None:
         link.symlink_to(Path("..") / ".." / "blobs" / digest)
         prints.append(folder_fingerprint(str(link.parent)))
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_reload_lets_go_of_the_old_mapping(tmp_path: Path) -> None:
+    wrapper = ref.make(SHAPE, "BF16", weight_path=pack(tmp_path, "BF16"))
+
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    for _ in range(3):
+        wrapper.load_weights()
+        assert mappings() == 1
+    del wrapper
+    assert mappings() == 0

@@ -28,7 +28,7 @@ class KTMoEConfig(QuantizationConfigMixin):
     threadpool_count: number of sub-pools; None means one per NUMA node.
     chunked_prefill_size: longer inputs are computed in chunks of this many tokens.
     cache: keep the packed experts in ktmoe's cache, and map them at the next start (KTMOE_CACHE=off turns it off, too).
-    packed: a folder that `ktmoe quantize` has made of this model; its experts are mapped, the checkpoint's are not read.
+    packed: a folder that `ktmoe quantize` has made of this model; its experts are mapped and not read.
 
     Raises ValueError for an unknown method or a number out of range, NotImplementedError for a method to come.
     """

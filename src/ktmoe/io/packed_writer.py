@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -18,6 +19,8 @@ from .packed_file import DIGEST_BYTES, Bytes, PackedInfo, header_bytes, header_d
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK)  # some network file systems
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _log = logging.getLogger("ktmoe")
 PART = ".part"
 """Ending of a file that is being written."""
@@ -37,12 +40,17 @@ class PackedWriter:
         self._digests = np.zeros((info.n_experts + 1, DIGEST_BYTES), np.uint8)
         self._missing = set(range(info.n_experts))
         self._lock = threading.Lock()
-        self._fd = _open_locked(path + PART)
+        self._fd, self._part = _open_part(path)
 
     def reserve(self) -> None:
         """Takes the disk space, so that a full disk is noticed before the work."""
-        os.ftruncate(self._fd, 0)
-        os.posix_fallocate(self._fd, 0, self._places["checksums"][0] + self._digests.nbytes)
+        size = self._places["checksums"][0] + self._digests.nbytes
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            os.ftruncate(self._fd, size)
 
     def put(self, expert: int, packed: Bytes, biases: Mapping[str, npt.NDArray[np.float32]] | None = None) -> None:
         """Writes uint8 [expert_bytes] and the rows of the biases. From any thread, each expert once."""
@@ -65,7 +73,7 @@ class PackedWriter:
         _write(self._fd, self._digests.data.cast("B"), self._places["checksums"][0])
         _write(self._fd, memoryview(self._header), 0)
         os.fsync(self._fd)
-        os.rename(self.path + PART, self.path)
+        os.rename(self._part, self.path)
         self._close()
         sync_folder(os.path.dirname(self.path))
 
@@ -78,16 +86,14 @@ class PackedWriter:
 
     def __exit__(self, *_: object) -> None:
         if self._fd >= 0:
-            os.unlink(self.path + PART)
+            os.unlink(self._part)
             self._close()
 
 
 def write_file(path: str, data: bytes) -> None:
     """A small file, atomically: the old one or the new one, never a mixture."""
-    part = path + PART
-    descriptor = _open_locked(part)
+    descriptor, part = _open_part(path)
     try:
-        os.ftruncate(descriptor, 0)
         _write(descriptor, memoryview(data), 0)
         os.fsync(descriptor)
         os.rename(part, path)
@@ -104,27 +110,45 @@ def sync_folder(folder: str) -> None:
     descriptor = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 
 
-def _open_locked(path: str) -> int:
-    """The file, made if need be, locked by us alone."""
+def _open_part(path: str) -> tuple[int, str]:
+    """An empty file to write in place of `path` until it is complete: PATH.part, locked by us alone."""
+    part = path + PART
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(part, _FLAGS, 0o666)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _log.info("%s: waiting for another process that packs the same layer", path)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _lock(descriptor, part):  # then a name that nobody else has; it stays behind if we are killed
+                os.close(descriptor)
+                part = f"{path}.{os.urandom(8).hex()}{PART}"
+                descriptor = os.open(part, _FLAGS, 0o666)
             # The one that we waited for has renamed or removed it: then we hold a lock on something else.
-            if _same_file(descriptor, path):
-                return descriptor
+            if _same_file(descriptor, part):
+                os.ftruncate(descriptor, 0)
+                return descriptor, part
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _lock(descriptor: int, part: str) -> bool:
+    """Waits for the lock. False on a file system without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _log.info("%s: waiting for another process that packs the same layer", part)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        return False
+    return True
 
 
 def _same_file(descriptor: int, path: str) -> bool:
