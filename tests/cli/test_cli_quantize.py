@@ -102,8 +102,8 @@ def test_finished_layers_are_not_packed_again(model: Path, tmp_path: Path, monke
     packed: list[str] = []
     commit = PackedWriter.commit
     monkeypatch.setattr(PackedWriter, "commit", lambda self: (packed.append(self.path), commit(self)))
-    for _ in range(2):
-        invoke("quantize", model, "-o", out)
+    for finished in (1, 2):
+        assert f"{finished} of them were finished" in invoke("quantize", model, "-o", out)
     assert packed == [str(out / "ktmoe-layer-00001.safetensors")]  # the damaged one, once
     assert image(out) == before
 

@@ -263,8 +263,8 @@ def test_two_writers_take_turns(tmp_path: Path) -> None:
         for expert in range(N):
             writer.put(expert, ROWS[expert])
         order.append("first")
+        inode = (tmp_path / "a.part").stat().st_ino
         writer.commit()
-        inode = path.stat().st_ino
     thread.join()
     assert order == ["first", "second"]
     assert path.stat().st_ino != inode  # it did not write into the file that was finished

@@ -32,6 +32,7 @@ def quantize(
     need, free = job.missing_bytes(), shutil.disk_usage(output).free
     if need > free:
         raise console.UserError(f"{output}: need {need / 2**30:.2f} GiB, have {free / 2**30:.2f} GiB of disk space")
+    already = job.finished
     try:
         speed = job.run()
     except KeyboardInterrupt:
@@ -40,7 +41,8 @@ def quantize(
         )
         raise typer.Exit(130) from None
     size = sum(file.stat().st_size for file in output.glob("ktmoe-layer-*.safetensors"))
-    console.out.print(f"{len(job.layers)} layers as {method} in {output}: {size / 2**30:.2f} GiB, {speed}")
+    how = f"{already} of them were finished" if already else speed
+    console.out.print(f"{len(job.layers)} layers as {method} in {output}: {size / 2**30:.2f} GiB, {how}")
 
 
 def model_folder(model: str, revision: str | None = None) -> str:
