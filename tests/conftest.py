@@ -1,5 +1,7 @@
 """Fixes what would make a test run differ from the last one."""
 
+import os
+
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -12,4 +14,5 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("ktmoe")
+os.environ["KTMOE_CACHE"] = "off"  # a test that wants a cache names its own folder
 torch.set_num_threads(1)  # the references are small; torch's threads would only fight the engine's

@@ -18,10 +18,11 @@ CPP = {
 }
 # Python: a module of a level may import lower levels and its own.
 LEVELS = [
-    {"errors"},
+    {"errors", "cache", "memory"},
     {"config", "methods"},
     {"capsule", "runtime", "io", "deferred"},
-    {"lora"},
+    {"lora", "packing"},
+    {"packed_weights"},
     {"base"},
     {"inference", "sft", "autograd", "train"},
     {"wrapper"},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,12 +14,17 @@ from . import _ext
 from .capsule import rows_in_one_piece, to_dlpack
 from .config import MoEConfig
 from .errors import WeightFileError, not_available, weights_not_loaded
+from .io.packed_dir import is_packed_dir, packed_file_of
+from .io.read_ahead import read_ahead
 from .lora import LoraMirror, PackedLora
+from .memory import check_memory
 from .methods import Method, method_for
+from .packed_weights import PackedWeights
+from .packing import Progress, ReadExpert
 from .runtime import CPUInfer, engine_for, isa_without_amx
 
 if TYPE_CHECKING:  # what reads files is imported when something is loaded: `import ktmoe` stays quick
-    from .io.published import PublishedMatrix
+    from .io.published import PublishedExpert
     from .io.sources import Source
 
 # Looked up on every forward: module globals are cheaper than attributes of torch.
@@ -42,7 +48,7 @@ def only_in(mode: str, name: str) -> Callable[..., Any]:
     return method
 
 
-class BaseMoEWrapper:
+class BaseMoEWrapper(PackedWeights):
     """The routed experts of one MoE layer. Made by `KTMoEWrapper`; see there for the parameters.
 
     Expert weights: gate and up [inter, hidden], down [hidden, inter]; y = down(silu(gate(x)) * up(x)), or another
@@ -107,24 +113,34 @@ class BaseMoEWrapper:
             )
         return self._own_formats()
 
+    def adopt_formats(self, source: Source) -> None:
+        """Makes the layer, without weights, fit a source: published formats stay what they are in the files."""
+        formats = self._formats_of(source)
+        if formats != self._formats:
+            self.layer, self._formats = self._new_layer(formats), formats
+
     def _new_layer(self, formats: tuple[str, str]) -> _ext.MoeLayer:
-        config = self.config
+        """An empty engine layer for weights that are handed over in these formats."""
         assert self._row.format is not None  # methods.resolve refused the others
-        gate_up, down = formats if self._row.published else (self._row.format, self._row.format)
+        return self._engine_layer(*(formats if self._row.published else (self._row.format, self._row.format)))
+
+    def _engine_layer(self, gate_up_format: str, down_format: str) -> _ext.MoeLayer:
+        """An empty engine layer of these formats. ValueError for a format that the engine does not have."""
+        config = self.config
         return _ext.MoeLayer(
             self.cpu_infer.pool,
             config.num_experts,
             config.num_experts_per_tok,
             config.hidden_size,
             config.moe_intermediate_size,
-            gate_up,
+            gate_up_format,
             "" if self._row.amx else isa_without_amx(),
             config.chunked_prefill_size,
             to_dlpack(config.gpu_experts_mask.to(torch.uint8)) if config.num_gpu_experts else None,
             config.activation,
             config.swiglu_limit,
             config.swiglu_alpha,
-            down,
+            down_format,
         )
 
     # --- weights --------------------------------------------------------------------------------------------------
@@ -133,20 +149,31 @@ class BaseMoEWrapper:
         """True when every expert that is not on the GPU has been loaded."""
         return self.layer.loaded
 
-    def load_weights(self, physical_to_logical_map: Tensor | None = None) -> None:
-        """Loads this layer's experts from `weight_path`: a folder with safetensors files in a Hugging Face layout
-        (BF16, F16, F32, FP8, or compressed-tensors int4), a GGUF file, or a folder of GGUF files.
+    def load_weights(self, physical_to_logical_map: Tensor | None = None, *, progress: Progress | None = None) -> None:
+        """Loads this layer's experts from `weight_path`.
+
+        A folder made by `ktmoe quantize` is mapped: nothing is read or copied, processes share the memory. Otherwise
+        the experts of safetensors files in a Hugging Face layout (BF16, F16, F32, FP8, or compressed-tensors int4), of
+        a GGUF file, or of a folder of GGUF files are packed, two in memory at a time, with the biases that they have;
+        what cpu_save=True has kept beside the files is mapped instead if those have not changed since. RAWINT4, FP8 and
+        LLAMAFILE compute with files of their kind as they are and quantise plain ones; the other methods read all files
+        as bf16.
 
         physical_to_logical_map: integers [num_experts]; slot e gets the weights of the file's expert map[e].
-        None: slot e gets expert e. One expert is in memory at a time. RAWINT4, FP8 and LLAMAFILE compute with files of
-        their kind as they are and quantise plain ones; the other methods read all files as bf16. Biases that plain
-        files have are loaded with their experts.
-        WeightFileError if the files are missing, damaged or do not fit the layer; the layer is then not loaded.
+        None: slot e gets expert e. progress: called after each packed expert with the bytes read for it.
+        WeightFileError if the files are missing, damaged or do not fit the layer, MemoryError if it clearly does not
+        fit into memory, OSError if cpu_save cannot write; the layer is then not loaded.
         """
-        from .io.sources import open_source
+        from .io.sources import open_source, read_expert
 
         if not self.weight_path:
             raise ValueError("weight_path: got an empty path, expected the folder of the model's weight files")
+        if is_packed_dir(self.weight_path):
+            self.load_packed(packed_file_of(self.weight_path, self.layer_idx), physical_to_logical_map)
+            return
+        if (kept := self._kept_file()) is not None:
+            self.load_packed(kept, physical_to_logical_map)
+            return
         shape = self.layer_idx, self.hidden_size, self.moe_intermediate_size
         prefer_gguf = self._row.published == "gguf"
         with open_source(self.weight_path, *shape, gated=self.gated, prefer_gguf=prefer_gguf) as source:
@@ -156,9 +183,15 @@ class BaseMoEWrapper:
                     f"{where}: got {source.n_experts} experts, expected num_experts={self.num_experts}"
                 )
             slots = self._slots(physical_to_logical_map, source.n_experts, where)
-            with self._loading(self._formats_of(source)):
-                for slot, logical in slots:
-                    self._put(slot, source.read(logical), source.biases(logical))
+            formats = self._formats_of(source)
+            read = functools.partial(read_expert, source)
+            if self.cpu_save:
+                names = tuple(source.biases(0))
+                self._load_and_keep(
+                    read, source.n_experts, physical_to_logical_map, progress, formats=formats, biases=names
+                )
+            else:
+                self.load_experts(read, slots, progress, formats)
 
     def load_weights_from_tensors(
         self,
@@ -178,17 +211,52 @@ class BaseMoEWrapper:
         that is missing beside others counts as zeros.
         physical_to_logical_map: as in `load_weights`. TypeError or ValueError before anything is changed.
         """
+        from .io.published import plain_expert
+
         first = up if gate is None else gate
         mapped = physical_to_logical_map is not None and isinstance(first, Tensor) and first.dim() == 3
         n = first.shape[0] if mapped else self.num_experts
         tensors = (gate, up, down, gate_bias, up_bias, down_bias)
         self._check_weights((n,), tensors)
         slots = self._slots(physical_to_logical_map, n, "gate, up, down")
-        with self._loading(self._own_formats()):
-            for slot, logical in slots:
-                biases = {n: t[logical] for n, t in zip(_BIASES, tensors[3:], strict=True) if t is not None}
-                own_gate = None if gate is None else gate[logical]
-                self.load_expert(slot, own_gate, up[logical], down[logical], **biases)
+        biases = {name: t for name, t in zip(_BIASES, tensors[3:], strict=True) if t is not None}
+
+        def read(expert: int) -> PublishedExpert:
+            own_gate = None if gate is None else gate[expert]
+            return plain_expert(own_gate, up[expert], down[expert], **{name: b[expert] for name, b in biases.items()})
+
+        formats = self._own_formats()
+        if self.cpu_save:
+            self._load_and_keep(read, n, physical_to_logical_map, formats=formats, biases=tuple(biases))
+        else:
+            self.load_experts(read, slots, formats=formats)
+
+    def load_experts(
+        self,
+        read: ReadExpert,
+        slots: Sequence[tuple[int, int]] | None = None,
+        progress: Progress | None = None,
+        formats: tuple[str, str] | None = None,
+    ) -> None:
+        """Packs experts into memory; the next one is read while one is packed.
+
+        read(e): expert e, from a thread of its own. slots: (slot, e) of every expert on the CPU; None: slot e is
+        expert e. progress: called after each expert with the bytes read. formats: of `ktmoe.io.published`, in which
+        gate/up and down are handed to the engine; None: as they are now.
+        MemoryError before any work if the layer clearly does not fit; whatever is raised, the layer is then not loaded.
+        """
+        slots = self._slots(None, self.num_experts, "") if slots is None else slots
+        source_bytes = 2 * 3 * self.hidden_size * self.moe_intermediate_size
+        need = self.layer.expert_bytes * len(slots) + 2 * source_bytes - self.layer.packed_bytes
+        check_memory(need, f"layer {self.layer_idx}: {len(slots)} experts in {self.layer.format}")
+
+        def use(slot: tuple[int, int], weights: PublishedExpert) -> None:
+            self.put_expert(slot[0], weights)
+            if progress is not None:
+                progress(weights.nbytes)
+
+        with self._loading(formats):
+            read_ahead(lambda slot: read(slot[1]), slots, use)
 
     def load_expert(
         self,
@@ -208,26 +276,26 @@ class BaseMoEWrapper:
         it and its biases. ValueError for an expert that is on the GPU, and if some experts come with biases and others
         without.
         """
-        from .io.published import plain
+        from .io.published import plain_expert
 
         tensors = (gate, up, down, gate_bias, up_bias, down_bias)
         self._check_weights((), tensors)
-        matrices = [None if t is None else plain(t.detach()) for t in tensors[:3]]
-        biases = {name: t.detach() for name, t in zip(_BIASES, tensors[3:], strict=True) if t is not None}
-        self._put(expert, matrices, biases)
+        biases = {name: t for name, t in zip(_BIASES, tensors[3:], strict=True) if t is not None}
+        self.put_expert(expert, plain_expert(gate, up, down, **biases))
 
-    def _put(self, expert: int, matrices: Sequence[PublishedMatrix | None], biases: Mapping[str, Tensor]) -> None:
-        """Hands gate (None without one), up and down of one expert to the engine."""
+    def put_expert(self, expert: int, weights: PublishedExpert) -> None:
+        """Loads one expert in formats of `ktmoe.io.published`; through floats where the layer has other formats."""
         from .io.published import convert
 
         gate_up, down = self._formats
-        ready = [None if m is None else convert(m, f) for m, f in zip(matrices, (gate_up, gate_up, down), strict=True)]
+        own = zip(weights.matrices, (gate_up, gate_up, down), strict=True)
+        ready = [None if m is None else convert(m, f) for m, f in own]
         arrays: list[Any] = [None if m is None else [to_dlpack(p.contiguous()) for p in m.parts] for m in ready]
-        extra: dict[str, Any] = {name: to_dlpack(t.to(_F32).contiguous()) for name, t in biases.items()}
+        biases: dict[str, Any] = {name: to_dlpack(b.contiguous()) for name, b in weights.biases.items()}
         if self._formats == ("bf16", "bf16"):
-            self.layer.load_expert(expert, *(None if parts is None else parts[0] for parts in arrays), **extra)
+            self.layer.load_expert(expert, *(None if parts is None else parts[0] for parts in arrays), **biases)
         else:
-            self.layer.load_expert_raw(expert, *arrays, **extra)
+            self.layer.load_expert_raw(expert, *arrays, **biases)
 
     def _check_weights(self, lead: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
         """tensors: the three matrices and their biases, of as many experts as `lead` says."""
@@ -243,11 +311,11 @@ class BaseMoEWrapper:
                 _check_weight(name, tensor, (*lead, *shape), (_BF16, _F32) if is_bias else (_BF16,))
 
     @contextmanager
-    def _loading(self, formats: tuple[str, str]) -> Iterator[None]:
+    def _loading(self, formats: tuple[str, str] | None = None) -> Iterator[None]:
         """A load that fails half-way, or is interrupted, leaves a layer without weights, never a mixture."""
-        if formats == self._formats:
+        if formats in (None, self._formats):
             self.layer.unload()
-        else:  # the engine's layer has its formats for life
+        elif formats is not None:  # the engine's layer has its formats for life
             self.layer, self._formats = self._new_layer(formats), formats
         try:
             yield

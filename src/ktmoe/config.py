@@ -157,8 +157,6 @@ class MoEConfig:
         """Accepted by the signature for the sake of its clients, but no code behind it yet."""
         if not isinstance(self.cpu_save, bool):
             raise TypeError(f"cpu_save: got {self.cpu_save!r}, expected a bool")
-        if self.cpu_save:
-            raise NotImplementedError("cpu_save=True is not implemented yet: nothing is written to weight_path")
         if self.max_deferred_experts_per_token is not None:
             deferred = _integer("max_deferred_experts_per_token", self.max_deferred_experts_per_token, 0)
             if deferred:

@@ -32,9 +32,12 @@ class KTMoEWrapper(BaseMoEWrapper):
     num_gpu_experts: experts [0, n) are on the GPU, so this layer gives them no memory and skips them.
     cpuinfer_threads: threads of the engine, None = one per physical core. threadpool_count: sub-pools, None = one per
         NUMA node. Layers with equal values share one engine.
-    weight_path: folder of safetensors files, or a GGUF file or a folder of them; needed by load_weights only.
+    weight_path: what load_weights reads: a folder of safetensors files, a GGUF file or a folder of them, or a folder
+        made by `ktmoe quantize`.
     chunked_prefill_size: tokens that are processed at a time; bounds the working memory.
-    cpu_save, max_deferred_experts_per_token: only False and None or 0 so far.
+    cpu_save: keep the packed experts on disk, in the folder ktmoe-METHOD under weight_path; the next load_weights maps
+        them, with or without cpu_save, as long as the weight files of weight_path have not changed.
+    max_deferred_experts_per_token: only None or 0 so far.
     method, mode: see `ktmoe.methods.METHODS`; mode is "inference" or "sft".
     lora_rank (1..4096, tuned for up to 256), lora_alpha, max_cache_depth: only with mode="sft". The LoRA term is scaled
         by lora_alpha / lora_rank; max_cache_depth forwards may wait for their backward.

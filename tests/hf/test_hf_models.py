@@ -12,8 +12,10 @@ from hf.tiny_models import FAMILIES, HIDDEN, INTER, make_checkpoint, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ktmoe.hf import KTExperts, KTMoEConfig, UnsupportedExpertsError, from_pretrained, ktmoe_layers
+from ktmoe.base import BaseMoEWrapper
+from ktmoe.hf import KTMoEConfig, UnsupportedExpertsError, from_pretrained, ktmoe_layers
 from ktmoe.hf.checkpoint import CheckpointFiles
+from ktmoe.io.published import PublishedExpert
 
 Checkpoint = Callable[[str], Path]
 
@@ -116,33 +118,25 @@ def test_generate(checkpoint: Checkpoint) -> None:
 
 
 def test_experts_are_streamed(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never more than one expert in bf16: no stack is read or built, and experts arrive one by one."""
+    """Never more than two experts in bf16: no stack is read or built, and experts arrive one by one."""
     seen: list[tuple[int, int]] = []
     reads: list[tuple[int, ...]] = []
-    read = CheckpointFiles.read
-    backend = KTExperts.backend.fget
-    assert backend is not None
+    read, load = CheckpointFiles.read, BaseMoEWrapper.put_expert
 
     def spy_read(self: CheckpointFiles, key: str, *args: Any) -> torch.Tensor:
         tensor = read(self, key, *args)
         reads.append(tuple(tensor.shape))
         return tensor
 
-    class Spy:
-        def __init__(self, experts: KTExperts) -> None:
-            self.inner, self.layer_idx = backend(experts), experts.spec.layer_idx
-
-        def load_expert(self, expert: int, *matrices: torch.Tensor) -> None:
-            assert [tuple(m.shape) for m in matrices] == [(INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER)]
-            assert all(m.dtype == torch.bfloat16 for m in matrices)
-            assert len(reads) == 3 * (len(seen) + 1)
-            seen.append((self.layer_idx, expert))
-            self.inner.load_expert(expert, *matrices)
-
-        loaded = property(lambda self: self.inner.loaded)
+    def spy_load(self: BaseMoEWrapper, expert: int, weights: PublishedExpert) -> None:
+        assert [m.shape for m in weights.matrices] == [(INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER)]
+        assert all(m.parts[0].dtype == torch.bfloat16 for m in weights.matrices)
+        assert 3 * (len(seen) + 1) <= len(reads) <= 3 * (len(seen) + 2)  # the next one is being read
+        seen.append((self.layer_idx, expert))
+        load(self, expert, weights)
 
     monkeypatch.setattr(CheckpointFiles, "read", spy_read)
-    monkeypatch.setattr(KTExperts, "backend", property(Spy))
+    monkeypatch.setattr(BaseMoEWrapper, "put_expert", spy_load)
     model = from_pretrained(checkpoint("qwen3_moe"))
     assert seen == [(layer, expert) for layer in range(2) for expert in range(8)]
     assert all(len(shape) == 2 for shape in reads)

@@ -135,14 +135,14 @@ def test_all_experts_on_the_gpu() -> None:
 @pytest.mark.parametrize("interruption", [MemoryError, KeyboardInterrupt])
 def test_a_load_that_breaks_off_leaves_nothing(monkeypatch, interruption) -> None:
     wrapper = ref.loaded(SHAPE, "BF16")
-    original = type(wrapper).load_expert
+    original = type(wrapper).put_expert
 
     def load_expert(self, expert, *tensors):
         if expert == 3:
             raise interruption
         original(self, expert, *tensors)
 
-    monkeypatch.setattr(type(wrapper), "load_expert", load_expert)
+    monkeypatch.setattr(type(wrapper), "put_expert", load_expert)
     with pytest.raises(interruption):
         wrapper.load_weights_from_tensors(*ref.weights(SHAPE, 1))
     assert not wrapper.loaded

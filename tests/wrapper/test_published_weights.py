@@ -20,8 +20,11 @@ ZEROS = tuple(torch.zeros(w.shape) for w in ref.weights(SHAPE))
 class FakeLayer:
     """Remembers its formats and what was loaded."""
 
+    expert_bytes = packed_bytes = 0
+
     def __init__(self, pool, n_experts, top_k, hidden, inter, format, *others) -> None:
         self.formats = (format, others[-1])
+        self.format, self.down_format = self.formats
         self.shapes = ((inter, hidden), (inter, hidden), (hidden, inter))
         self.n_experts = n_experts
         self.experts = {}

@@ -13,14 +13,20 @@ from importlib import metadata
 import typer
 
 from ktmoe.cli import console
+from ktmoe.cli.cache import HELP as CACHE
+from ktmoe.cli.cache import cache
 from ktmoe.cli.demo import HELP as DEMO
 from ktmoe.cli.demo import demo
 from ktmoe.cli.doctor import HELP as DOCTOR
 from ktmoe.cli.doctor import doctor
 from ktmoe.cli.generate import HELP as GENERATE
 from ktmoe.cli.generate import generate
+from ktmoe.cli.quantize import HELP as QUANTIZE
+from ktmoe.cli.quantize import quantize
 from ktmoe.cli.sft import HELP as SFT
 from ktmoe.cli.sft import sft
+from ktmoe.cli.verify import HELP as VERIFY
+from ktmoe.cli.verify import verify
 
 app = typer.Typer(
     name="ktmoe",
@@ -29,7 +35,16 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for verb, text in ((doctor, DOCTOR), (sft, SFT), (generate, GENERATE), (demo, DEMO)):
+_VERBS = (
+    (doctor, DOCTOR),
+    (sft, SFT),
+    (generate, GENERATE),
+    (quantize, QUANTIZE),
+    (verify, VERIFY),
+    (cache, CACHE),
+    (demo, DEMO),
+)
+for verb, text in _VERBS:
     app.command(verb.__name__, help=text)(verb)
 
 

@@ -50,7 +50,7 @@ class Row:
 def run_checks() -> list[Row]:
     """All rows, in the order in which they are shown."""
     rows: list[Row] = []
-    for check in (_python, _engine, _methods, _cores, _memory, _packages, _torch, _conflicts):
+    for check in (_python, _engine, _methods, _cores, _memory, _cache, _packages, _torch, _conflicts):
         rows.extend(_guarded(check))
     return rows
 
@@ -158,6 +158,20 @@ def _memory() -> Iterator[Row]:
         if limit.isdigit() and int(limit) / 2**30 < total:
             yield Row("memory limit", f"{int(limit) / 2**30:.1f} GiB (control group)", INFO)
             return
+
+
+def _cache() -> Iterator[Row]:
+    from ktmoe import cache
+
+    folder = cache.packed_root()
+    if folder is None:
+        yield Row("cache", "off (KTMOE_CACHE)", INFO)
+        return
+    entries = cache.entries()
+    size = sum(entry.nbytes for entry in entries) / 2**30
+    yield Row(
+        "cache", f"{size:.2f} GiB, {len(entries)} model(s), in {folder}", OK, "ktmoe cache clear" if size > 1 else ""
+    )
 
 
 def _packages() -> Iterator[Row]:

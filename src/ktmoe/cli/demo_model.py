@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ktmoe import cache
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -76,8 +77,8 @@ def cached_model(settings: ModelSettings, texts: Sequence[str], progress: Progre
 
 
 def cache_folder() -> Path:
-    """Where demo models are kept: $KTMOE_CACHE/demo, else ~/.cache/ktmoe/demo."""
-    return Path(os.environ.get("KTMOE_CACHE") or Path.home() / ".cache" / "ktmoe") / "demo"
+    """Where demo models are kept: in ktmoe's cache, or among the temporary files if that is off."""
+    return (cache.root() or Path(tempfile.gettempdir()) / "ktmoe") / "demo"
 
 
 def _fingerprint(settings: ModelSettings, texts: Sequence[str]) -> str:

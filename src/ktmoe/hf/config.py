@@ -5,6 +5,7 @@ Registered with transformers under the name "ktmoe" when this module is imported
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers.quantizers import register_quantization_config
@@ -26,6 +27,8 @@ class KTMoEConfig(QuantizationConfigMixin):
     cpuinfer_threads: number of threads; None means one per physical core that this process may use.
     threadpool_count: number of sub-pools; None means one per NUMA node.
     chunked_prefill_size: longer inputs are computed in chunks of this many tokens.
+    cache: keep the packed experts in ktmoe's cache, and map them at the next start (KTMOE_CACHE=off turns it off, too).
+    packed: a folder that `ktmoe quantize` has made of this model; its experts are mapped and not read.
 
     Raises ValueError for an unknown method or a number out of range, NotImplementedError for a method to come.
     """
@@ -36,6 +39,8 @@ class KTMoEConfig(QuantizationConfigMixin):
         cpuinfer_threads: int | None = None,
         threadpool_count: int | None = None,
         chunked_prefill_size: int = DEFAULT_CHUNK,
+        cache: bool = True,
+        packed: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         # A config read back from JSON carries its own name.
@@ -55,6 +60,8 @@ class KTMoEConfig(QuantizationConfigMixin):
         self.cpuinfer_threads = cpuinfer_threads
         self.threadpool_count = threadpool_count
         self.chunked_prefill_size = chunked_prefill_size
+        self.cache = bool(cache)
+        self.packed = None if packed is None else os.fspath(packed)
 
 
 def check_method(method: str) -> None:

@@ -14,7 +14,7 @@ from ktmoe.hf.config import DEFAULT_METHOD, QUANT_METHOD, KTMoEConfig
 _log = logging.getLogger("ktmoe")
 
 _CONFIG_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
-_ENGINE_KEYS = ("cpuinfer_threads", "threadpool_count", "chunked_prefill_size")
+_ENGINE_KEYS = ("cpuinfer_threads", "threadpool_count", "chunked_prefill_size", "cache", "packed")
 
 
 def from_pretrained(
@@ -22,9 +22,12 @@ def from_pretrained(
 ) -> Any:
     """Loads a MoE model from a folder or a Hub id; its experts are packed for `method` while they are read.
 
+    The packed experts are kept in `~/.cache/ktmoe` and mapped at the next start; cache=False or KTMOE_CACHE=off do not.
+    packed=DIR maps a folder made by `ktmoe quantize` instead.
+
     model_class: a transformers (auto) class; AutoModelForCausalLM by default.
-    kwargs: `cpuinfer_threads`, `threadpool_count`, `chunked_prefill_size` go to `KTMoEConfig`, everything else to the
-        class's own ``from_pretrained``.
+    kwargs: `cpuinfer_threads`, `threadpool_count`, `chunked_prefill_size`, `cache`, `packed` go to `KTMoEConfig`,
+        everything else to the class's own ``from_pretrained``.
     Returns the model in eval mode, as transformers does. Raises ValueError for an unknown method, a checkpoint that is
     quantised already or is incomplete, UnsupportedExpertsError for experts that cannot be computed exactly.
     """

@@ -1,12 +1,13 @@
 """The transformers hook: swaps the experts on the meta model and fills them from the checkpoint, expert by expert.
 
 transformers never reads a tensor for which the model has no parameter, so the bf16 experts are not in RAM at any time
-except for the one that is being packed.
+except for the one that is being packed and the next one. At the second start they come packed out of the cache.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from ktmoe.hf import peft_bridge
+from ktmoe.hf.cached import ExpertCache, fill_layers, map_folder
 from ktmoe.hf.checkpoint import CheckpointFiles
 from ktmoe.hf.config import QUANT_METHOD, KTMoEConfig
 from ktmoe.hf.experts import KTExperts
-from ktmoe.hf.streaming import load_expert, plan_checkpoint
+from ktmoe.hf.streaming import plan_checkpoint
 from ktmoe.hf.structure import ExpertsSpec, find_experts
 
 
@@ -60,16 +62,17 @@ class KTMoEQuantizer(HfQuantizer):
         from transformers.utils import logging
 
         layers = list(ktmoe_layers(model))
+        config = self.quantization_config
+        if config.packed is not None:
+            map_folder(layers, config.packed, self._files)
+            return model
         specs = [layer.spec for layer in layers]
         with CheckpointFiles(self._files) as source:
             plan = plan_checkpoint(source.keys(), specs, self._conversions, str(model.base_model_prefix))
-            total = sum(spec.n_experts for spec in specs)
-            desc = f"Packing experts ({self.quantization_config.method})"
-            with logging.tqdm(total=total, desc=desc, unit="expert") as bar:
-                for layer in layers:
-                    for expert in range(layer.spec.n_experts):
-                        load_expert(layer.spec, plan, source, expert, layer.backend.load_expert)
-                        bar.update(1)
+            kept = ExpertCache.open(self._files, config.method, plan) if config.cache else None
+            desc = f"Packing experts ({config.method})"
+            with logging.tqdm(total=sum(spec.n_experts for spec in specs), desc=desc, unit="expert") as bar:
+                fill_layers(layers, plan, source, kept, _Speed(bar))
         unfilled = [layer.spec.name for layer in layers if not layer.backend.loaded]
         if unfilled:
             raise RuntimeError(f"Weights not loaded: {', '.join(unfilled)}")
@@ -83,6 +86,22 @@ class KTMoEQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """True for every method: the experts themselves refuse gradients with a text that names the method to use."""
         return True
+
+
+class _Speed:
+    """Advances a bar by one expert, and shows the rate at which the source is read."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._bytes = 0
+        self._began = time.monotonic()
+
+    def __call__(self, nbytes: int) -> None:
+        self._bytes += nbytes
+        seconds = time.monotonic() - self._began
+        if self._bytes and seconds:
+            self._bar.set_postfix_str(f"{self._bytes / seconds / 1e9:.2f} GB/s", refresh=False)
+        self._bar.update(1)
 
 
 def ktmoe_layers(model: nn.Module) -> Iterator[KTExperts]:

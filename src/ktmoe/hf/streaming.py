@@ -1,4 +1,4 @@
-"""Maps the tensors of a checkpoint to experts and feeds them to the engine one expert at a time.
+"""Maps the tensors of a checkpoint to experts and reads them one expert at a time.
 
 The names are translated by transformers' own conversion table, so every layout that transformers can read under a name
 of its own ("w1/w3/w2", "gate_proj/up_proj/down_proj", already fused stacks) needs no code here.
@@ -7,7 +7,7 @@ of its own ("w1/w3/w2", "gate_proj/up_proj/down_proj", already fused stacks) nee
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 
 from ktmoe.errors import WeightFileError
 from ktmoe.hf.structure import DOWN, GATE_UP, UP, ExpertsSpec, UnsupportedExpertsError
+from ktmoe.io.published import PublishedExpert, plain_expert
 
 ROLES = ("gate", "up", "down")
 # What each parameter of an experts module holds.
@@ -146,11 +147,11 @@ class _NameTable:
         return int(numbered["expert"])
 
 
-def load_expert(spec: ExpertsSpec, plan: Plan, source: TensorSource, expert: int, sink: Callable[..., None]) -> None:
-    """Reads one expert and calls ``sink(expert, gate, up, down, **biases)``.
+def read_expert(spec: ExpertsSpec, plan: Plan, source: TensorSource, expert: int) -> PublishedExpert:
+    """One expert, its matrices in bf16 and its biases in fp32.
 
-    gate, up [I, H] and down [H, I] are bf16 in C order (gate is None without one); gate_bias, up_bias [I] and down_bias
-    [H] are fp32. WeightFileError if a tensor has another shape or is not made of plain floats.
+
+    WeightFileError if a tensor has another shape or is not made of plain floats.
     """
     pieces = plan[spec.name]
     stored: dict[str, torch.Tensor] = {}
@@ -165,8 +166,9 @@ def load_expert(spec: ExpertsSpec, plan: Plan, source: TensorSource, expert: int
         return stored[piece.key].chunk(piece.parts)[piece.part]
 
     roles = roles_of(spec)
-    matrices = [read(role).to(torch.bfloat16).contiguous() if role in roles else None for role in ROLES]
-    sink(expert, *matrices, **{role: read(role).float().contiguous() for role in roles if role.endswith("_bias")})
+    gate = read("gate") if "gate" in roles else None
+    biases = {role: read(role) for role in roles if role.endswith("_bias")}
+    return plain_expert(gate, read("up"), read("down"), **biases)
 
 
 def _stored_shape(spec: ExpertsSpec, role: str, piece: Piece) -> tuple[int, ...]:

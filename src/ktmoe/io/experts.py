@@ -184,6 +184,14 @@ def open_experts(folder: str, layer: int, hidden: int, inter: int, *, gated: boo
         raise
 
 
+def expert_layers(folder: str) -> list[int]:
+    """The numbers of the layers that have experts, in a folder of safetensors files; without multi-token heads."""
+    opened = SafetensorsDir(folder)
+    opened.close()
+    found = (match for match in map(_ANY.fullmatch, opened.shards) if match)
+    return sorted({int(match["layer"]) for match in found if "mtp" not in match["stem"].split(".")})
+
+
 class _Names:
     """The name map of a folder as a cache key, by identity: `shard_map` remembers the object too."""
 

@@ -12,7 +12,7 @@ kp is k rounded up to whole groups or blocks; the weights behind k are zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,27 @@ class PublishedMatrix:
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.numel() * part.itemsize for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PublishedExpert:
+    """One expert on its way from a file, or from tensors, to the engine."""
+
+    matrices: tuple[PublishedMatrix | None, ...]
+    """gate (None without one), up [inter, hidden], down [hidden, inter]."""
+    biases: Mapping[str, Tensor]
+    """Any of gate_bias, up_bias [inter], down_bias [hidden], fp32."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices."""
+        return sum(m.nbytes for m in self.matrices if m is not None)
+
+
+def plain_expert(gate: Tensor | None, up: Tensor, down: Tensor, **biases: Tensor) -> PublishedExpert:
+    """An expert in floats: matrices as bf16, biases as fp32."""
+    matrices = tuple(None if w is None else plain(w.detach()) for w in (gate, up, down))
+    return PublishedExpert(matrices, {name: bias.detach().float() for name, bias in biases.items()})
 
 
 def plain(weights: Tensor) -> PublishedMatrix:

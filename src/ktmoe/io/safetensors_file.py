@@ -2,17 +2,20 @@
 
 The official reader judges the header. Bytes are then read with pread at the offsets of the accepted header, one tensor
 or one expert at a time: a file that shrinks meanwhile is an exception here, where a mapped one would kill the process,
-and no page of the file counts as our memory.
+and no page of the file counts as our memory. Only our own packed files are mapped.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -43,6 +46,9 @@ class SafetensorsFile:
         self.path = path
         self._fd = open_regular(path)
         try:
+            self.size = os.fstat(self._fd).st_size
+            """Bytes of the file."""
+            self.metadata: dict[str, object] = {}
             self.entries = self._read_header()
         except BaseException:
             self.close()
@@ -63,7 +69,8 @@ class SafetensorsFile:
     def _fail(self, text: str) -> WeightFileError:
         return WeightFileError(f"{self.path}: {text}")
 
-    def _pread(self, offset: int, into: memoryview, what: str) -> None:
+    def pread(self, offset: int, into: memoryview, what: str) -> None:
+        """Fills `into`, all of it; `what` is for the message."""
         done = 0
         while done < len(into):
             count = os.preadv(self._fd, [into[done:]], offset + done)
@@ -72,9 +79,9 @@ class SafetensorsFile:
             done += count
 
     def _read_header(self) -> dict[str, TensorEntry]:
-        size = os.fstat(self._fd).st_size
+        size = self.size
         prefix = bytearray(8)
-        self._pread(0, memoryview(prefix), "header size")
+        self.pread(0, memoryview(prefix), "header size")
         length: int = struct.unpack("<Q", prefix)[0]
         if length > MAX_HEADER_BYTES:
             raise self._fail(f"got a header of {length} bytes, expected at most {MAX_HEADER_BYTES}")
@@ -87,9 +94,10 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise self._fail(f"refused by safetensors ({size} bytes of file): {error}") from error
         header = bytearray(length)
-        self._pread(8, memoryview(header), "header")
+        self.pread(8, memoryview(header), "header")
         fields = parse_object(bytes(header), self.path)
-        fields.pop("__metadata__", None)
+        metadata = fields.pop("__metadata__", None)
+        self.metadata = metadata if isinstance(metadata, dict) else {}
         if len(fields) > MAX_TENSORS:
             raise self._fail(f"got {len(fields)} tensors, expected at most {MAX_TENSORS}")
         return {check_tensor_name(n, self.path): self._entry(n, f, 8 + length, size) for n, f in fields.items()}
@@ -142,5 +150,19 @@ class SafetensorsFile:
             offset += index * count * dtype.itemsize
         result = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
         if count:
-            self._pread(offset, result.numpy().data, f"tensor {name!r}")
+            self.pread(offset, result.numpy().data, f"tensor {name!r}")
         return result.view(dtype).view(shape)
+
+    def map_bytes(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor, mapped shared and read-only: flat, nothing is read or copied.
+
+        WeightFileError if the tensor does not begin at a page.
+        """
+        entry = self.entry(name)
+        if entry.offset % mmap.ALLOCATIONGRANULARITY:
+            raise self._fail(f"tensor {name!r}: got offset {entry.offset}, expected whole pages")
+        try:
+            mapped = mmap.mmap(self._fd, entry.nbytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=entry.offset)
+        except (OSError, ValueError) as error:
+            raise self._fail(f"tensor {name!r}: cannot be mapped: {error}") from error
+        return np.frombuffer(mapped, np.uint8)

@@ -12,7 +12,7 @@ from .compressed_tensors import CompressedTensorsSource
 from .experts import ExpertSource, find_group
 from .fp8 import Fp8Source, is_fp8
 from .gguf_file import GgufSource, is_gguf
-from .published import PublishedMatrix, plain
+from .published import PublishedExpert, PublishedMatrix, plain
 from .safetensors_dir import SafetensorsDir
 
 
@@ -44,6 +44,11 @@ class Source(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+def read_expert(source: Source, expert: int) -> PublishedExpert:
+    """All of one expert."""
+    return PublishedExpert(source.read(expert), source.biases(expert))
 
 
 class PlainSource:

@@ -1,0 +1,119 @@
+"""One run of `ktmoe quantize`: which layers there are, which are finished, and packing the rest."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+from ktmoe import _ext
+from ktmoe.base import BaseMoEWrapper
+from ktmoe.cli.console import UserError
+from ktmoe.cli.transfer import Transfer
+from ktmoe.errors import WeightFileError
+from ktmoe.io.fingerprint import folder_fingerprint
+from ktmoe.io.model_shape import read_model_shape
+from ktmoe.io.packed_dir import PackedIndex, is_packed_dir, read_packed_index, write_packed_index
+from ktmoe.io.packed_file import layer_file
+from ktmoe.io.packed_writer import PART
+from ktmoe.io.sources import Source, open_source, read_expert
+from ktmoe.methods import METHODS
+from ktmoe.packing import holds, pack_layer
+from ktmoe.wrapper import KTMoEWrapper
+
+
+class PackedModel:
+    """All MoE layers of the model in `source`, packed for `method` into `output`."""
+
+    def __init__(self, source: str, output: Path, method: str, threads: int | None = None) -> None:
+        self._source = source
+        self._output = output
+        self._method = method
+        self._threads = threads
+        self._shape = read_model_shape(source)
+        self.layers = self._shape.layers
+        self._fingerprint = folder_fingerprint(source)
+        self._experts = {layer: self._count(layer) for layer in self.layers}
+        self._finished: set[int] = set()
+
+    @property
+    def finished(self) -> int:
+        """Layers that need no work any more."""
+        return len(self._finished)
+
+    def prepare(self) -> None:
+        """Makes the folder and its index; finds finished layers. UserError if the folder holds something else."""
+        index = PackedIndex(
+            self._method, _ext.LAYOUT_VERSION, self._fingerprint, os.path.abspath(self._source), self.layers
+        )
+        if is_packed_dir(str(self._output)):
+            self._check_same(index)
+        elif self._output.is_dir() and any(file.suffix != PART for file in self._output.iterdir()):
+            raise UserError(f"{self._output} is not empty and holds no packed experts: choose another folder")
+        write_packed_index(str(self._output), index)
+        for layer in self.layers:
+            if holds(self._path(layer), self._wrapper(layer).packed_info(self._experts[layer], self._fingerprint)):
+                self._finished.add(layer)
+
+    def missing_bytes(self) -> int:
+        """Packed bytes that are still to be written."""
+        missing = (layer for layer in self.layers if layer not in self._finished)
+        return sum(self._wrapper(layer).layer.expert_bytes * self._experts[layer] for layer in missing)
+
+    def run(self) -> str:
+        """Packs what is missing; returns the speed of reading."""
+        with Transfer(f"packing ({self._method})", sum(self._experts.values())) as bar:
+            for layer in self.layers:
+                bar.note(f"layer {layer}")
+                if layer in self._finished:
+                    bar.step(0, self._experts[layer])
+                    continue
+                self._pack(layer, bar)
+                self._finished.add(layer)
+        return bar.speed
+
+    def _pack(self, layer: int, bar: Transfer) -> None:
+        wrapper = self._wrapper(layer)
+        info = wrapper.packed_info(self._experts[layer], self._fingerprint)
+        with self._open(layer) as source:
+            read, biases = functools.partial(read_expert, source), tuple(source.biases(0))
+            pack_layer(wrapper.packer(), read, info, self._path(layer), bar.step, biases=biases)
+
+    def _open(self, layer: int) -> Source:
+        return open_source(self._source, layer, self._shape.hidden, self._shape.inter)
+
+    def _count(self, layer: int) -> int:
+        with self._open(layer) as source:
+            return source.n_experts
+
+    def _path(self, layer: int) -> str:
+        return str(self._output / layer_file(layer))
+
+    def _wrapper(self, layer: int) -> BaseMoEWrapper:
+        wrapper: BaseMoEWrapper = KTMoEWrapper(
+            layer_idx=layer,
+            num_experts=self._experts[layer],
+            num_experts_per_tok=1,
+            hidden_size=self._shape.hidden,
+            moe_intermediate_size=self._shape.inter,
+            cpuinfer_threads=self._threads,
+            weight_path=self._source,
+            method=self._method,
+            mode=METHODS[self._method].mode,
+        )
+        with self._open(layer) as source:
+            wrapper.adopt_formats(source)
+        return wrapper
+
+    def _check_same(self, index: PackedIndex) -> None:
+        """A folder with another model's or method's files must not become a mixture."""
+        try:
+            found = read_packed_index(str(self._output))
+        except WeightFileError as error:
+            raise UserError(f"{error}. Choose another folder, or delete this one") from error
+        for name in ("method", "layout_version", "source"):
+            got, want = getattr(found, name), getattr(index, name)
+            if got != want:
+                raise UserError(
+                    f"{self._output} holds packed experts of another {name} ({got}, not {want}): choose another folder"
+                )
