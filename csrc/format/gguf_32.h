@@ -11,7 +11,7 @@
 namespace ktmoe {
 
 // Which levels a 4-bit code of IQ4_NL stands for.
-inline constexpr float kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+inline constexpr std::int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 template <bool kNonlinear>
 struct Gguf4Bit {
@@ -25,7 +25,7 @@ struct Gguf4Bit {
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     const int q = get_field<4>(tile, 1, column, k);
-    const float level = kNonlinear ? kIq4Values[q] : static_cast<float>(q - 8);
+    const auto level = static_cast<float>(kNonlinear ? kIq4Values[q] : q - 8);
     return level * f16_to_float(load_as<std::uint16_t>(half_at(tile, 0, k / 32, column)));
   }
   static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) {

@@ -56,6 +56,7 @@ struct VectorGemm {
       pack_floats(rows, nullptr, m, k, padded, reinterpret_cast<float*>(dst));
       return;
     }
+    if (format == WeightFormat::int4 && m <= kFewRows) return pack_few_int4(rows, row_scale, m, k, padded, dst);
     const int quads = padded / 4;
     auto* words = reinterpret_cast<std::uint32_t*>(dst);
     auto* scale = reinterpret_cast<float*>(words + static_cast<std::size_t>(m) * words_per_row(format, k));
@@ -75,6 +76,25 @@ struct VectorGemm {
         offset[r0 + r] = Int8Dot::unsigned_weights ? 128 * sum : 0;
       }
       words += static_cast<std::size_t>(n) * words_per_row(format, k);
+    }
+  }
+
+  // What mac_int4 reads, in the place of the words; the scales lie where they always do.
+  static void pack_few_int4(RowSource rows, const float* row_scale, int m, int k, int padded, std::byte* dst) {
+    auto* words = reinterpret_cast<std::uint32_t*>(dst);
+    std::uint32_t* minus_sum = words + padded / 4 * m;
+    auto* scale = reinterpret_cast<float*>(words + static_cast<std::size_t>(m) * words_per_row(WeightFormat::int4, k));
+    auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
+    for (int r = 0; r < m; ++r) {
+      const std::int8_t* x = rows.row<std::int8_t>(r);
+      for (int q = 0; q < padded / 4; ++q) std::memcpy(words + q * m + r, x + 4 * q, 4);
+      for (int b = 0; b < padded / Int4Format::block; ++b) {
+        int sum = 0;
+        for (int i = 0; i < Int4Format::block; ++i) sum += x[Int4Format::block * b + i];
+        minus_sum[b * m + r] = static_cast<std::uint16_t>(-sum);
+      }
+      scale[r] = row_scale[rows.index ? rows.index[r] : r];
+      offset[r] = 0;
     }
   }
 
@@ -107,7 +127,10 @@ struct VectorGemm {
         forward_steps<Int8Dot>(operand, m, w, p0, p1, c, false);
         return scale_int8(operand, m, w, p0, p1, c);
       case WeightFormat::int4:
-        forward_unpacked<InCache<Int8Dot>>(operand, m, w, p0, p1, c, false);
+        if (m <= kFewRows)
+          forward_few_int4(operand, m, w, p0, p1, c);
+        else
+          forward_unpacked(operand, m, w, p0, p1, c);
         return scale_int8(operand, m, w, p0, p1, c);
 #define KTMOE_FORMAT(id, traits)
 #define KTMOE_BLOCK_FORMAT(id, traits)                                                      \
@@ -117,7 +140,18 @@ struct VectorGemm {
 #include "format/formats.inc"
 #undef KTMOE_FORMAT
     }
-    forward_unpacked<InCache<Bf16Dot<V>>>(operand, m, w, p0, p1, c, accumulate);
+    forward_floats(operand, m, w, p0, p1, c, accumulate);
+  }
+
+  static void forward_few_int4(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
+    const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
+    const std::uint32_t* minus_sum = x + w.layout().k_padded() / 4 * m;
+    for (int p = p0; p < p1; ++p, c += c_block_floats(m)) {
+      if (m == 1)
+        mac_int4<V, 1>(w.panel(p), w.layout().k_steps, x, minus_sum, c, kPanelColumns);
+      else
+        mac_int4<V, 2>(w.panel(p), w.layout().k_steps, x, minus_sum, c, kPanelColumns);
+    }
   }
 
   template <class Fmt>
@@ -131,19 +165,32 @@ struct VectorGemm {
     }
   }
 
-  // Each step block becomes direct tiles once, then all rows pass by.
-  template <class Dot>
-  static void forward_unpacked(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+  // int4: each step block becomes int8 tiles once, then all rows pass by.
+  static void forward_unpacked(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
     alignas(64) std::byte tiles[kStepBlockBytes];
     const PackedLayout& l = w.layout();
-    const std::size_t words = words_per_row(l.format, l.k);
-    const int all = l.k_steps * direct_steps(format_info(l.format));
     for (int p = p0; p < p1; ++p, c += c_block_floats(m))
-      for (int s = 0; s < all; s += kStepBlock) {
-        const int steps = all - s < kStepBlock ? all - s : kStepBlock;
+      for (int s = 0; s < l.k_steps; s += kStepBlock) {
+        const int steps = l.k_steps - s < kStepBlock ? l.k_steps - s : kStepBlock;
         for (int i = 0; i < 2 * steps; ++i) Unpack<V>::tile(w, p, i % 2, s + i / 2, tiles + i * kTileBytes);
-        mac_rows<V, Dot>(tiles, 2 * kTileBytes, kTileBytes, 2, s, steps, reinterpret_cast<const std::uint32_t*>(operand), words, m, c,
-                         kPanelColumns, accumulate || s > 0);
+        mac_rows<V, InCache<Int8Dot>>(tiles, 2 * kTileBytes, kTileBytes, 2, s, steps, reinterpret_cast<const std::uint32_t*>(operand),
+                                      words_per_row(l.format, l.k), m, c, kPanelColumns, s > 0);
+      }
+  }
+
+  // Block formats: the same with floats, which need no rounding to bf16 here. 128 k of a panel are 16 KB.
+  static void forward_floats(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+    constexpr int kSpans = 4, kSpanFloats = 32 * 16;
+    alignas(64) float rows[2][kSpans * kSpanFloats];
+    const PackedLayout& l = w.layout();
+    const int all = l.k_padded() / 32;
+    for (int p = p0; p < p1; ++p, c += c_block_floats(m))
+      for (int s = 0; s < all; s += kSpans) {
+        const int spans = all - s < kSpans ? all - s : kSpans;
+        for (int i = 0; i < 2 * spans; ++i) Unpack<V>::floats(w, p, i / spans, s + i % spans, rows[i / spans] + i % spans * kSpanFloats);
+        mac_rows<V, F32Dot<V>>(reinterpret_cast<const std::byte*>(rows), kTileBytes, sizeof rows[0], 2, 2 * s, 2 * spans,
+                               reinterpret_cast<const std::uint32_t*>(operand), words_per_row(l.format, l.k), m, c, kPanelColumns,
+                               accumulate || s > 0);
       }
   }
 

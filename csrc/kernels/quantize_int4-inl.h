@@ -19,7 +19,10 @@ struct Int4Quantizer {
   }
 
  private:
-  static F round(F x) { return V::to_f(V::to_i(x)); }
+  static F round(F x) {  // to nearest even, |x| < 2^22
+    const F magic = V::set(12582912.0f);
+    return V::sub(V::add(x, magic), magic);
+  }
   static F floor(F x) {
     const F r = round(x);
     return V::sub(r, V::positive(V::sub(r, x)));
@@ -28,15 +31,14 @@ struct Int4Quantizer {
   static F clamp(F x, float low, float high) { return V::min(V::max(x, V::set(low)), V::set(high)); }
 
   struct Choice {
-    F m, z, o, low, high, error;
+    F m, z, inverse, o, low, high;
 
-    Choice(F m, F z) : m(m), z(z) {
+    Choice(F m, F z) : m(m), z(z), inverse(V::div(V::set(1.0f), m)) {
       o = floor(V::div(V::mul(V::add(z, V::set(15.0f)), m), V::set(3.0f)));
       high = V::min(V::set(15.0f), floor(V::div(V::add(o, V::set(127.0f)), m)));
       low = V::max(V::set(0.0f), ceil(V::div(V::sub(o, V::set(127.0f)), m)));
-      error = V::set(0.0f);
     }
-    F level(F w) const { return V::min(V::max(round(V::div(V::add(w, o), m)), low), high); }
+    F level(F w) const { return V::min(V::max(round(V::mul(V::add(w, o), inverse)), low), high); }
     F value(F q) const { return V::sub(V::mul(q, m), o); }
   };
 
@@ -56,12 +58,14 @@ struct Int4Quantizer {
       const F centre = V::sub(V::set(7.5f), V::div(V::mul(V::add(least, most), V::set(0.5f)), m));
       const F z0 = clamp(round(V::sub(V::mul(centre, V::set(3.0f)), V::set(15.0f))), 0.0f, 15.0f);
       for (float dz : {-2.0f, -1.0f, 0.0f, 1.0f, 2.0f}) {
-        Choice choice(m, clamp(V::add(z0, V::set(dz)), 0.0f, 15.0f));
+        const Choice choice(m, clamp(V::add(z0, V::set(dz)), 0.0f, 15.0f));
+        F error[4];  // apart, since a single chain of additions would wait for itself
+#pragma GCC unroll 16
         for (int k = 0; k < kBlock; ++k) {
-          const F x = V::load(w[k]), off = V::sub(choice.value(choice.level(x)), x);
-          choice.error = V::add(choice.error, V::mul(off, off));
+          const F x = V::load(w[k]), off = V::sub(choice.value(choice.level(x)), x), square = V::mul(off, off);
+          error[k % 4] = k < 4 ? square : V::add(error[k % 4], square);
         }
-        V::keep_less(choice.error, best_error, choice.m, best_m, choice.z, best_z);
+        V::keep_less(V::add(V::add(error[0], error[1]), V::add(error[2], error[3])), best_error, choice.m, best_m, choice.z, best_z);
       }
     }
     store(w, b, Choice(best_m, best_z), dst);

@@ -79,8 +79,9 @@ struct BlockWeights {
       return V::mul(V::to_f(V::template sar<24>(V::template shl<24 - k % 4 * 8>(row))), s.scale[0]);
     } else {
       const I nibble = V::and_i(V::template shr<k % 8 * 4>(row), 15);
-      if constexpr (std::is_same_v<Fmt, Iq4NlFormat>) {
-        return V::mul(V::table16(nibble, kIq4Values), s.scale[0]);
+      if constexpr (std::is_same_v<Fmt, Iq4NlFormat>) {  // four levels at once; the compiler shares them among four k
+        const I four = V::lookup_bytes(V::and_i(k % 2 ? V::template shr<4>(row) : row, 0x0f0f0f0f), kIq4Values);
+        return V::mul(V::to_f(V::template sar<24>(V::template shl<24 - k % 8 / 2 * 8>(four))), s.scale[0]);
       } else if constexpr (Fmt::bits == 4) {
         return V::fma(V::to_f(nibble), s.scale[0], V::sub(V::set(0.0f), s.shift));
       } else if constexpr (Fmt::bits == 5) {
@@ -90,9 +91,25 @@ struct BlockWeights {
       } else {
         const I high = V::load_i(levels + kRowBytes * (Fmt::high_row - Fmt::scale_rows + 2 * span + k / 16));
         const I q = V::or_i(nibble, V::and_i(V::template move_bit<k % 16 * 2, 4>(high), 48));
-        return V::mul(V::to_f(V::sub_i(q, V::set_i(32))), s.scale[k / 16]);
+        return V::fma(V::to_f(q), s.scale[k / 16], V::sub(V::set(0.0f), V::mul(s.scale[k / 16], V::set(32.0f))));
       }
     }
+  }
+};
+
+// m and o of one block of int4, each in both 16-bit halves of its column's word.
+template <class V>
+struct Int4Block {
+  using I = typename V::I;
+  I m, o;
+
+  template <int b>
+  static inline __attribute__((always_inline)) Int4Block of(I codes) {
+    const I code = V::and_i(V::template shr<8 * b>(codes), 255);
+    const I twice = V::or_i(code, V::template shl<16>(code));
+    const I m = V::add_i(V::and_i(twice, 0x000f000f), V::set_i(0x00010001));
+    const I z = V::add_i(V::and_i(V::template shr<4>(twice), 0x000f000f), V::set_i(0x000f000f));
+    return {m, V::mulhi16(V::mullo16(z, m), V::set_i(21846 * 0x00010001))};  // (15 + code) m / 3, exact below 2^15
   }
 };
 
@@ -100,6 +117,23 @@ template <class V>
 struct Unpack {
   using F = typename V::F;
   using I = typename V::I;
+
+  // The 32 k of direct k-step `step` of tile t of panel p, as 32 rows of 16 floats. Block formats only.
+  static void floats(const PackedMatrix& w, int p, int t, int step, float* dst) {
+    const WeightFormat format = w.layout().format;
+    const int per_tile = direct_steps(format_info(format));
+    const std::byte* src = w.tile(p, t, step / per_tile);
+    switch (format) {
+#define KTMOE_FORMAT(id, traits) case WeightFormat::id:
+#define KTMOE_BLOCK_FORMAT(id, traits)                         \
+  case WeightFormat::id:                                       \
+    return BlockWeights<V, traits>::each(src, step % per_tile, \
+                                         [&](int k, F x) __attribute__((always_inline)) { V::store(dst + 16 * k, x); });
+#include "format/formats.inc"
+#undef KTMOE_FORMAT
+      return;
+    }
+  }
 
   // Direct k-step `step` of tile t of panel p, as a 1 KB tile of w.layout().direct().
   static void tile(const PackedMatrix& w, int p, int t, int step, std::byte* dst) {
@@ -144,18 +178,14 @@ struct Unpack {
   }
   template <int b>
   static inline __attribute__((always_inline)) void int4_block(I codes, const std::byte* src, std::byte* dst) {
-    const I code = V::and_i(V::template shr<8 * b>(codes), 255);
-    const I twice = V::or_i(code, V::template shl<16>(code));  // both 16-bit halves of a word
-    const I m = V::add_i(V::and_i(twice, 0x000f000f), V::set_i(0x00010001));
-    const I z = V::add_i(V::and_i(V::template shr<4>(twice), 0x000f000f), V::set_i(0x000f000f));
-    const I third = V::mulhi16(V::mullo16(z, m), V::set_i(21846 * 0x00010001));  // (15 + code) m / 3, exact below 2^15
-    const I o = V::or_i(third, V::template shl<8>(third));
+    const auto block = Int4Block<V>::template of<b>(codes);
+    const I o = V::or_i(block.o, V::template shl<8>(block.o));
     for (int r = 0; r < 4; ++r) {
       const std::byte* at = src + kRowBytes * (1 + 4 * (b / 2) + r);
       if (b % 2 == 0) __builtin_prefetch(at + 4096, 0, 2);
       const I row = V::load_i(at);
       const I q = V::and_i(b % 2 ? V::template shr<4>(row) : row, 0x0f0f0f0f);
-      V::store_i(dst + kRowBytes * (4 * b + r), V::sub8(V::mullo16(q, m), o));
+      V::store_i(dst + kRowBytes * (4 * b + r), V::sub8(V::mullo16(q, block.m), o));
     }
   }
 };

@@ -109,7 +109,11 @@ struct Vec {
     return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
   }
   KTMOE_INLINE I bf16_pairs(F even, F odd) { return {bf16_pairs8(even.a, odd.a), bf16_pairs8(even.b, odd.b)}; }
-  KTMOE_INLINE F table16(I index, const float* table) { return {table16(index.a, table), table16(index.b, table)}; }
+  // Each byte, 0 .. 15, replaced by that entry of the table.
+  KTMOE_INLINE I lookup_bytes(I index, const std::int8_t* table) {
+    const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
+  }
   template <int from, int to>
   KTMOE_INLINE I move_bit(I x) {
     if constexpr (from > to)
@@ -119,6 +123,8 @@ struct Vec {
   }
   KTMOE_INLINE I mullo16(I x, I y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }
   KTMOE_INLINE I mulhi16(I x, I y) { return {_mm256_mulhi_epu16(x.a, y.a), _mm256_mulhi_epu16(x.b, y.b)}; }
+  KTMOE_INLINE I add16(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
+  KTMOE_INLINE I maddubs(I u8, I s8) { return {_mm256_maddubs_epi16(u8.a, s8.a), _mm256_maddubs_epi16(u8.b, s8.b)}; }
   KTMOE_INLINE I sub8(I x, I y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
 
   KTMOE_INLINE void transpose16(const void* src, std::ptrdiff_t stride, void* dst) {
@@ -150,11 +156,6 @@ struct Vec {
   }
   KTMOE_INLINE __m256i bf16_pairs8(__m256 even, __m256 odd) {
     return _mm256_blend_epi16(_mm256_srli_epi32(rounded_up(even), 16), rounded_up(odd), 0xaa);
-  }
-  KTMOE_INLINE __m256 table16(__m256i index, const float* table) {
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   }
   // Upper half = x rounded to bf16, in the low 16 bits of each lane.
   KTMOE_INLINE __m256i round_bf16(__m256 x) {

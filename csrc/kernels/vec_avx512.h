@@ -76,7 +76,9 @@ struct Vec {
     const I low = _mm512_srli_epi32(rounded_up(even), 16);
     return _mm512_mask_mov_epi16(low, 0xaaaaaaaa, rounded_up(odd));
   }
-  KTMOE_INLINE F table16(I index, const float* table) { return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table)); }
+  KTMOE_INLINE I lookup_bytes(I index, const std::int8_t* table) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index);
+  }
   template <int from, int to>
   KTMOE_INLINE I move_bit(I x) {
     if constexpr (from > to)
@@ -86,6 +88,8 @@ struct Vec {
   }
   KTMOE_INLINE I mullo16(I x, I y) { return _mm512_mullo_epi16(x, y); }
   KTMOE_INLINE I mulhi16(I x, I y) { return _mm512_mulhi_epu16(x, y); }
+  KTMOE_INLINE I add16(I x, I y) { return _mm512_add_epi16(x, y); }
+  KTMOE_INLINE I maddubs(I u8, I s8) { return _mm512_maddubs_epi16(u8, s8); }
   KTMOE_INLINE I sub8(I x, I y) { return _mm512_sub_epi8(x, y); }
 
   KTMOE_INLINE void transpose16(const void* src, std::ptrdiff_t stride, void* dst) {

@@ -157,9 +157,6 @@ struct Vec {
       return pair16(static_cast<std::int16_t>(to_bf16(even.v[i]).bits), static_cast<std::int16_t>(to_bf16(odd.v[i]).bits));
     });
   }
-  static F table16(I index, const float* table) {  // index 0 .. 15
-    return each([&](int i) { return table[index.v[i]]; });
-  }
   // Bit `from` of each lane (and its neighbours) moved to bit `to`.
   template <int from, int to>
   static I move_bit(I a) {
@@ -174,6 +171,16 @@ struct Vec {
   }
   static I mulhi16(I a, I b) {
     return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y >> 16; });
+  }
+  static I add16(I a, I b) {
+    return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; });
+  }
+  // Two 16-bit numbers a lane: unsigned bytes of a times signed bytes of b, neighbours added (callers keep it below 2^15).
+  static I maddubs(I a, I b) {
+    return each_i([&](int i) {
+      auto product = [&](int byte) { return (a.v[i] >> 8 * byte & 255) * static_cast<std::int8_t>(b.v[i] >> 8 * byte); };
+      return pair16(static_cast<std::int16_t>(product(0) + product(1)), static_cast<std::int16_t>(product(2) + product(3)));
+    });
   }
   static I sub8(I a, I b) {
     const auto high = static_cast<std::int32_t>(0x80808080u);

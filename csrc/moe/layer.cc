@@ -167,8 +167,7 @@ void MoeLayer::load_expert_raw(int e, const RawBlock& gate, const RawBlock& up, 
   auto plain = [&](const char* name, const RawBlock& raw, int n, const PackedLayout& layout, int p0, int p1, std::byte* at) {
     if (layout.format == WeightFormat::bf16)
       return pack_matrix(kernels_, layout, p0, p1, layout.k, PlainRows{bf16_of(raw), layout.k, n}, at);
-    repack_matrix(
-        layout, p0, p1, [&](int p, int t) { return RawRows{name, raw, p * kPanelColumns + t * kTileColumns, n}; }, at);
+    repack_matrix(layout, p0, p1, [&](int p, int t) { return RawRows{name, raw, p * kPanelColumns + t * kTileColumns, n}; }, at);
   };
   fill_expert(
       "load_expert_raw", e, biases,
