@@ -20,7 +20,7 @@ struct Vec {
   KTMOE_INLINE F min(F x, F y) { return _mm512_min_ps(x, y); }
   KTMOE_INLINE F positive(F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set(0.0f), _CMP_GT_OQ), set(1.0f)); }
   KTMOE_INLINE void keep_less(F x, F& best, F new_a, F& a, F new_b, F& b) {
-    const __mmask16 less = _mm512_cmp_ps_mask(x, best, _CMP_LT_OQ);
+    const auto less = _mm512_cmp_ps_mask(x, best, _CMP_LT_OQ);
     best = _mm512_mask_mov_ps(best, less, x);
     a = _mm512_mask_mov_ps(a, less, new_a);
     b = _mm512_mask_mov_ps(b, less, new_b);
