@@ -27,7 +27,8 @@ SFT = [m.name for m in METHODS.values() if m.implemented and m.mode == "sft"]
 ISAS = _ext.test_isa_levels()
 
 # bf16 keeps 8 bits: half an ulp is 2**-9 of the value. h and the output are rounded: a row errs by less than 2**-7.
-FORWARD_TOLERANCE = 2.0**-7
+# Block formats other than fp8 also round the activations of a few rows to int8, one scale per 32: half a step is 2**-8
+# of the largest, before each of two products.
 
 
 def int8_products(wrapper: BaseMoEWrapper) -> bool:
@@ -35,8 +36,16 @@ def int8_products(wrapper: BaseMoEWrapper) -> bool:
     return str(_ext.testing.direct(wrapper.layer.format)) == "int8"
 
 
+def _int8_of_few_rows(wrapper: BaseMoEWrapper) -> bool:
+    return any(_ext.testing.published(f) and f != "fp8" for f in (wrapper.layer.format, wrapper.layer.down_format))
+
+
+def forward_tolerance(wrapper: BaseMoEWrapper) -> float:
+    return 2.0**-5 if _int8_of_few_rows(wrapper) else 2.0**-7
+
+
 def gradient_tolerance(wrapper: BaseMoEWrapper) -> float:
-    return 2e-2 if int8_products(wrapper) else 1e-2
+    return 2e-2 if int8_products(wrapper) or _int8_of_few_rows(wrapper) else 1e-2
 
 
 @dataclass

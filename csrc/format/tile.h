@@ -27,18 +27,22 @@ T load_as(const void* p) {
   return x;
 }
 
-// A plane of b-bit fields from `row` on: 32 / b consecutive k in each word, the first in the lowest bits.
+// A plane of b-bit fields from `row` on, 32 / b consecutive k in each word. Nibbles lie in order, the first in the lowest bits. Narrower
+// fields, the high bits that belong to nibbles, lie beside them byte by byte: byte j of a word has those of byte j of each nibble word.
+template <int bits>
+constexpr int field_shift(int k) {
+  if (bits >= 4) return k % (32 / bits) * bits;
+  return 8 * (k % 8 / 2) + bits * (k % (32 / bits) / 8 * 2 + k % 2);
+}
 template <int bits>
 int get_field(const std::byte* tile, int row, int column, int k) {
-  constexpr int per_word = 32 / bits;
-  const auto word = load_as<std::uint32_t>(tile_word(tile, row + k / per_word, column));
-  return static_cast<int>(word >> (k % per_word * bits) & ((std::uint64_t{1} << bits) - 1));
+  const auto word = load_as<std::uint32_t>(tile_word(tile, row + k * bits / 32, column));
+  return static_cast<int>(word >> field_shift<bits>(k) & ((std::uint64_t{1} << bits) - 1));
 }
 template <int bits>
 void put_field(std::byte* tile, int row, int column, int k, int value) {
-  constexpr int per_word = 32 / bits;
-  std::byte* at = tile_word(tile, row + k / per_word, column);
-  const int shift = k % per_word * bits;
+  std::byte* at = tile_word(tile, row + k * bits / 32, column);
+  const int shift = field_shift<bits>(k);
   const std::uint32_t mask = static_cast<std::uint32_t>((std::uint64_t{1} << bits) - 1) << shift;
   const std::uint32_t word = (load_as<std::uint32_t>(at) & ~mask) | (static_cast<std::uint32_t>(value) << shift & mask);
   std::memcpy(at, &word, 4);

@@ -9,7 +9,9 @@ struct VectorGemm {
   using F = typename V::F;
   static constexpr int kMaxBlockRows = 256;
 
-  static constexpr int kFewRows = 2;  // block formats are unpacked in registers for so many rows, into cache for more
+  static constexpr int kFewRows = 2;  // int4 and FP8 are unpacked in registers for so many rows, into cache for more
+  template <class Fmt>
+  static constexpr bool kIntegerLevels = !V::kPlainLoops && !std::is_same_v<Fmt, Fp8Format>;  // BlockDot runs few rows
 
   static bool int8_products(WeightFormat format) { return format_info(format).direct == WeightFormat::int8; }
   static std::size_t words_per_row(WeightFormat format, int k) {
@@ -25,13 +27,7 @@ struct VectorGemm {
     return rows * words_per_row(format, k) * 4 + (int8_products(format) ? rows * 8 : 0);
   }
 
-  // 16 floats of a bf16 row from column j; columns at or beyond `columns` are zero and are not read.
-  static F load_row(const bf16* row, int j, int columns) {
-    if (j + 16 <= columns) return V::load_bf16(row + j);
-    bf16 tail[16] = {};
-    if (j < columns) std::memcpy(tail, row + j, 2 * static_cast<std::size_t>(columns - j));
-    return V::load_bf16(tail);
-  }
+  static F load_row(const bf16* row, int j, int columns) { return VectorRow<V>::load(row, j, columns); }
 
   // fp32 words [group][column][row of the group], `padded` columns (a multiple of 16), each times column_scale if given.
   static void pack_floats(RowSource rows, const float* column_scale, int m, int columns, int padded, float* dst) {
@@ -52,6 +48,18 @@ struct VectorGemm {
 
   static void pack_operand(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, std::byte* dst) {
     const int padded = round_up(k, format_info(format).k_step);
+    switch (format) {
+#define KTMOE_FORMAT(id, traits) \
+  case WeightFormat::id:         \
+    break;
+#define KTMOE_BLOCK_FORMAT(id, traits)                                                                    \
+  case WeightFormat::id:                                                                                  \
+    if constexpr (kIntegerLevels<traits>)                                                                 \
+      if (m <= BlockDot<V, traits>::kMostRows) return BlockDot<V, traits>::pack(rows, m, k, padded, dst); \
+    break;
+#include "format/formats.inc"
+#undef KTMOE_FORMAT
+    }
     if (!int8_products(format)) {
       pack_floats(rows, nullptr, m, k, padded, reinterpret_cast<float*>(dst));
       return;
@@ -133,9 +141,9 @@ struct VectorGemm {
           forward_unpacked(operand, m, w, p0, p1, c);
         return scale_int8(operand, m, w, p0, p1, c);
 #define KTMOE_FORMAT(id, traits)
-#define KTMOE_BLOCK_FORMAT(id, traits)                                                      \
-  case WeightFormat::id:                                                                    \
-    if (m <= kFewRows) return forward_blocks<traits>(operand, m, w, p0, p1, c, accumulate); \
+#define KTMOE_BLOCK_FORMAT(id, traits)                                        \
+  case WeightFormat::id:                                                      \
+    if (forward_blocks<traits>(operand, m, w, p0, p1, c, accumulate)) return; \
     break;
 #include "format/formats.inc"
 #undef KTMOE_FORMAT
@@ -155,14 +163,23 @@ struct VectorGemm {
   }
 
   template <class Fmt>
-  static void forward_blocks(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
-    const auto* x = reinterpret_cast<const float*>(operand);
-    for (int p = p0; p < p1; ++p, c += c_block_floats(m)) {
-      if (m == 1)
-        mac_blocks<V, Fmt, 1>(w.panel(p), w.layout().k_steps, x, c, kPanelColumns, accumulate);
-      else
-        mac_blocks<V, Fmt, 2>(w.panel(p), w.layout().k_steps, x, c, kPanelColumns, accumulate);
+  static bool forward_blocks(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+    using Dot = BlockDot<V, Fmt>;
+    const int k_steps = w.layout().k_steps;
+    if constexpr (kIntegerLevels<Fmt>) {
+      if (m > Dot::kMostRows) return false;
+      const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
+      const auto* scales = reinterpret_cast<const float*>(x + w.layout().k_padded() / 32 * Dot::kSpanWords * m);
+      static constexpr decltype(&Dot::template run<1>) runs[] = {&Dot::template run<1>, &Dot::template run<2>, &Dot::template run<3>,
+                                                                 &Dot::template run<4>};
+      for (int p = p0; p < p1; ++p, c += c_block_floats(m)) runs[m - 1](w.panel(p), k_steps, x, scales, c, kPanelColumns, accumulate);
+    } else {
+      if (m > kFewRows) return false;
+      const auto* x = reinterpret_cast<const float*>(operand);
+      for (int p = p0; p < p1; ++p, c += c_block_floats(m))
+        (m == 1 ? mac_blocks<V, Fmt, 1> : mac_blocks<V, Fmt, 2>)(w.panel(p), k_steps, x, c, kPanelColumns, accumulate);
     }
+    return true;
   }
 
   // int4: each step block becomes int8 tiles once, then all rows pass by.

@@ -114,31 +114,33 @@ void mac_int4(const std::byte* panel, int k_steps, const std::uint32_t* x, const
   I sum[2][R];
   for (int t = 0; t < 2; ++t)
     for (int r = 0; r < R; ++r) sum[t][r] = V::set_i(0);
-  auto pair = [&]<int b>(std::integral_constant<int, b>, const std::byte* tile, I codes, I(&total)[R]) __attribute__((always_inline)) {
-    const auto low = Int4Block<V>::template of<b>(codes), high = Int4Block<V>::template of<b + 1>(codes);
-    I part[2][R];
-    for (int j = 0; j < 4; ++j) {
-      const std::byte* at = tile + kRowBytes * (1 + 2 * b + j);
-      __builtin_prefetch(at + 4096, 0, 3);
-      const I row = V::load_i(at), q0 = V::and_i(row, 0x0f0f0f0f), q1 = V::and_i(V::template shr<4>(row), 0x0f0f0f0f);
+  auto pair = [&]<int b>(std::integral_constant<int, b>, const std::byte* tile, const Int4Codes<V>& codes, I(&total)[R])
+                  __attribute__((always_inline)) {
+                    I part[2][R];
+                    for (int j = 0; j < 4; ++j) {
+                      const std::byte* at = tile + kRowBytes * (1 + 2 * b + j);
+                      __builtin_prefetch(at + 4096, 0, 3);
+                      const I row = V::load_i(at), q0 = V::and_i(row, 0x0f0f0f0f), q1 = V::and_i(V::template shr<4>(row), 0x0f0f0f0f);
 #pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) {
-        const I p0 = V::maddubs(q0, V::set_i(static_cast<std::int32_t>(x[(4 * b + j) * R + r])));
-        const I p1 = V::maddubs(q1, V::set_i(static_cast<std::int32_t>(x[(4 * b + 4 + j) * R + r])));
-        part[0][r] = j ? V::add16(part[0][r], p0) : p0;
-        part[1][r] = j ? V::add16(part[1][r], p1) : p1;
-      }
-    }
+                      for (int r = 0; r < R; ++r) {
+                        const I p0 = V::maddubs(q0, V::set_i(static_cast<std::int32_t>(x[(4 * b + j) * R + r])));
+                        const I p1 = V::maddubs(q1, V::set_i(static_cast<std::int32_t>(x[(4 * b + 4 + j) * R + r])));
+                        part[0][r] = j ? V::add16(part[0][r], p0) : p0;
+                        part[1][r] = j ? V::add16(part[1][r], p1) : p1;
+                      }
+                    }
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
-      total[r] = V::madd(V::madd(total[r], part[0][r], low.m), low.o, V::set_i(static_cast<std::int32_t>(minus_sum[b * R + r])));
-      total[r] = V::madd(V::madd(total[r], part[1][r], high.m), high.o, V::set_i(static_cast<std::int32_t>(minus_sum[(b + 1) * R + r])));
-    }
-  };
+                    for (int r = 0; r < R; ++r) {
+                      total[r] = V::madd(V::madd(total[r], part[0][r], codes.template m<b>()), codes.template o<b>(),
+                                         V::set_i(static_cast<std::int32_t>(minus_sum[b * R + r])));
+                      total[r] = V::madd(V::madd(total[r], part[1][r], codes.template m<b + 1>()), codes.template o<b + 1>(),
+                                         V::set_i(static_cast<std::int32_t>(minus_sum[(b + 1) * R + r])));
+                    }
+                  };
   for (int s = 0; s < k_steps; ++s, x += 16 * R, minus_sum += 4 * R)
 #pragma GCC unroll 2
     for (int t = 0; t < 2; ++t, panel += Int4Format::rows * kRowBytes) {
-      const I codes = V::load_i(panel);
+      const Int4Codes<V> codes(panel);
       pair(std::integral_constant<int, 0>{}, panel, codes, sum[t]);
       pair(std::integral_constant<int, 2>{}, panel, codes, sum[t]);
     }

@@ -25,21 +25,6 @@ struct BlockWeights {
     }
   }
 
- private:
-  template <class Use, int... k>
-  static inline __attribute__((always_inline)) void each(const std::byte* levels, int span, const Scales& s, Use& use,
-                                                         std::integer_sequence<int, k...>) {
-    (use(k, weight<k>(levels, span, s)), ...);
-  }
-
-  static inline __attribute__((always_inline)) F byte_of(I row, int i) {
-    return V::to_f(V::and_i(i == 0   ? row
-                            : i == 1 ? V::template shr<8>(row)
-                            : i == 2 ? V::template shr<16>(row)
-                                     : V::template shr<24>(row),
-                            255));
-  }
-
   static inline __attribute__((always_inline)) Scales scales(const std::byte* tile, int span) {
     Scales s{};
     if constexpr (requires { Fmt::high_row; }) {  // K-quants
@@ -66,6 +51,21 @@ struct BlockWeights {
     return s;
   }
 
+ private:
+  template <class Use, int... k>
+  static inline __attribute__((always_inline)) void each(const std::byte* levels, int span, const Scales& s, Use& use,
+                                                         std::integer_sequence<int, k...>) {
+    (use(k, weight<k>(levels, span, s)), ...);
+  }
+
+  static inline __attribute__((always_inline)) F byte_of(I row, int i) {
+    return V::to_f(V::and_i(i == 0   ? row
+                            : i == 1 ? V::template shr<8>(row)
+                            : i == 2 ? V::template shr<16>(row)
+                                     : V::template shr<24>(row),
+                            255));
+  }
+
   template <int k>
   static inline __attribute__((always_inline)) F weight(const std::byte* levels, int span, const Scales& s) {
     constexpr int per_word = Fmt::bits == 8 ? 4 : 8;
@@ -86,30 +86,35 @@ struct BlockWeights {
         return V::fma(V::to_f(nibble), s.scale[0], V::sub(V::set(0.0f), s.shift));
       } else if constexpr (Fmt::bits == 5) {
         const I high = V::load_i(levels + kRowBytes * (Fmt::high_row - Fmt::scale_rows + span));
-        const I q = V::or_i(nibble, V::and_i(V::template move_bit<k, 4>(high), 16));
+        const I q = V::or_i(nibble, V::and_i(V::template move_bit<field_shift<1>(k), 4>(high), 16));
         return V::fma(V::to_f(q), s.scale[0], V::sub(V::set(0.0f), s.shift));
       } else {
         const I high = V::load_i(levels + kRowBytes * (Fmt::high_row - Fmt::scale_rows + 2 * span + k / 16));
-        const I q = V::or_i(nibble, V::and_i(V::template move_bit<k % 16 * 2, 4>(high), 48));
+        const I q = V::or_i(nibble, V::and_i(V::template move_bit<field_shift<2>(k), 4>(high), 48));
         return V::fma(V::to_f(q), s.scale[k / 16], V::sub(V::set(0.0f), V::mul(s.scale[k / 16], V::set(32.0f))));
       }
     }
   }
 };
 
-// m and o of one block of int4, each in both 16-bit halves of its column's word.
+// m and o of the four blocks of an int4 tile, each in both 16-bit halves of its column's word.
 template <class V>
-struct Int4Block {
+struct Int4Codes {
   using I = typename V::I;
-  I m, o;
+  I m4, z4;  // a byte for each block: m, and 15 + z
 
+  explicit Int4Codes(const std::byte* tile) {
+    const I codes = V::load_i(tile);
+    m4 = V::add_i(V::and_i(codes, 0x0f0f0f0f), V::set_i(0x01010101));
+    z4 = V::add_i(V::and_i(V::template shr<4>(codes), 0x0f0f0f0f), V::set_i(0x0f0f0f0f));
+  }
   template <int b>
-  static inline __attribute__((always_inline)) Int4Block of(I codes) {
-    const I code = V::and_i(V::template shr<8 * b>(codes), 255);
-    const I twice = V::or_i(code, V::template shl<16>(code));
-    const I m = V::add_i(V::and_i(twice, 0x000f000f), V::set_i(0x00010001));
-    const I z = V::add_i(V::and_i(V::template shr<4>(twice), 0x000f000f), V::set_i(0x000f000f));
-    return {m, V::mulhi16(V::mullo16(z, m), V::set_i(21846 * 0x00010001))};  // (15 + code) m / 3, exact below 2^15
+  I m() const {
+    return V::template spread<b>(m4);
+  }
+  template <int b>
+  I o() const {  // (15 + z) m / 3, exact below 2^15
+    return V::mulhi16(V::mullo16(V::template spread<b>(z4), m<b>()), V::set_i(21846 * 0x00010001));
   }
 };
 
@@ -124,14 +129,15 @@ struct Unpack {
     const int per_tile = direct_steps(format_info(format));
     const std::byte* src = w.tile(p, t, step / per_tile);
     switch (format) {
-#define KTMOE_FORMAT(id, traits) case WeightFormat::id:
+#define KTMOE_FORMAT(id, traits) \
+  case WeightFormat::id:         \
+    return;
 #define KTMOE_BLOCK_FORMAT(id, traits)                         \
   case WeightFormat::id:                                       \
     return BlockWeights<V, traits>::each(src, step % per_tile, \
                                          [&](int k, F x) __attribute__((always_inline)) { V::store(dst + 16 * k, x); });
 #include "format/formats.inc"
 #undef KTMOE_FORMAT
-      return;
     }
   }
 
@@ -170,22 +176,21 @@ struct Unpack {
 
   // int8 = m q - o by 16-bit multiplication of two bytes at once: q m <= 240, so the low byte never carries into the high one.
   static void int4_tile(const std::byte* src, std::byte* dst) {
-    const I codes = V::load_i(src);
+    const Int4Codes<V> codes(src);
     int4_block<0>(codes, src, dst);
     int4_block<1>(codes, src, dst);
     int4_block<2>(codes, src, dst);
     int4_block<3>(codes, src, dst);
   }
   template <int b>
-  static inline __attribute__((always_inline)) void int4_block(I codes, const std::byte* src, std::byte* dst) {
-    const auto block = Int4Block<V>::template of<b>(codes);
-    const I o = V::or_i(block.o, V::template shl<8>(block.o));
+  static inline __attribute__((always_inline)) void int4_block(const Int4Codes<V>& codes, const std::byte* src, std::byte* dst) {
+    const I m = codes.template m<b>(), o16 = codes.template o<b>(), o = V::or_i(o16, V::template shl<8>(o16));
     for (int r = 0; r < 4; ++r) {
       const std::byte* at = src + kRowBytes * (1 + 4 * (b / 2) + r);
       if (b % 2 == 0) __builtin_prefetch(at + 4096, 0, 2);
       const I row = V::load_i(at);
       const I q = V::and_i(b % 2 ? V::template shr<4>(row) : row, 0x0f0f0f0f);
-      V::store_i(dst + kRowBytes * (4 * b + r), V::sub8(V::mullo16(q, block.m), o));
+      V::store_i(dst + kRowBytes * (4 * b + r), V::sub8(V::mullo16(q, m), o));
     }
   }
 };

@@ -123,6 +123,12 @@ struct Vec {
   }
   KTMOE_INLINE I mullo16(I x, I y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }
   KTMOE_INLINE I mulhi16(I x, I y) { return {_mm256_mulhi_epu16(x.a, y.a), _mm256_mulhi_epu16(x.b, y.b)}; }
+  template <int b>
+  KTMOE_INLINE I spread(I x) {
+    const __m256i pick = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(0x80008000u | b << 16 | b)),
+                                          _mm256_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c, 0, 0x00040004, 0x00080008, 0x000c000c));
+    return {_mm256_shuffle_epi8(x.a, pick), _mm256_shuffle_epi8(x.b, pick)};
+  }
   KTMOE_INLINE I add16(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
   KTMOE_INLINE I maddubs(I u8, I s8) { return {_mm256_maddubs_epi16(u8.a, s8.a), _mm256_maddubs_epi16(u8.b, s8.b)}; }
   KTMOE_INLINE I sub8(I x, I y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }

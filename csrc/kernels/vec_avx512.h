@@ -88,6 +88,12 @@ struct Vec {
   }
   KTMOE_INLINE I mullo16(I x, I y) { return _mm512_mullo_epi16(x, y); }
   KTMOE_INLINE I mulhi16(I x, I y) { return _mm512_mulhi_epu16(x, y); }
+  template <int b>
+  KTMOE_INLINE I spread(I x) {
+    const __m128i pick = _mm_setr_epi32(static_cast<int>(0x80008000u | b << 16 | b), static_cast<int>(0x80048004u + (b << 16 | b)),
+                                        static_cast<int>(0x80088008u + (b << 16 | b)), static_cast<int>(0x800c800cu + (b << 16 | b)));
+    return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(pick));
+  }
   KTMOE_INLINE I add16(I x, I y) { return _mm512_add_epi16(x, y); }
   KTMOE_INLINE I maddubs(I u8, I s8) { return _mm512_maddubs_epi16(u8, s8); }
   KTMOE_INLINE I sub8(I x, I y) { return _mm512_sub_epi8(x, y); }

@@ -172,6 +172,11 @@ struct Vec {
   static I mulhi16(I a, I b) {
     return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y >> 16; });
   }
+  // Byte b of each lane in both of its 16-bit halves.
+  template <int b>
+  static I spread(I a) {
+    return each_i([&](int i) { return (a.v[i] >> 8 * b & 255) * 0x00010001; });
+  }
   static I add16(I a, I b) {
     return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; });
   }

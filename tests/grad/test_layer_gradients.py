@@ -1,7 +1,7 @@
 """Gradients of the layer against float64 autograd (which finite differences prove, tests/oracle).
 
-Bounds: relative L2 of 1e-2 for bf16 and 2e-2 for integer weights, cosine 0.9999. LoRA gradients are compared for all
-experts at once, as an optimiser sees them. Two exceptions are for dot products that may cancel, where three standard
+Bounds: relative L2 of 1e-2 for bf16 and 2e-2 where activations are rounded to int8, cosine 0.9999. LoRA gradients are
+compared for all experts at once, as an optimiser sees them. Two exceptions are for dot products that may cancel, where three standard
 deviations are allowed: a router gradient is one product <dy, y>, held against the size that it has for independent
 vectors, |dy| |y| / sqrt(hidden); and the gradient of A for few tokens and a small rank is a few products <dG, B>.
 """
@@ -11,6 +11,7 @@ import torch
 from oracle.bounds import cosine, relative
 from oracle.experts import ACTIVATIONS, LORA_NAMES, Activation, Lora, layer_forward
 from oracle.layers import Inputs, Layer, Shape, assert_same, grad_out, make_inputs, make_lora
+from oracle.published import PUBLISHED
 from oracle.registry import BLOCK_ROWS, LAYER_SCALED, each_activation, each_format, each_isa, each_layer_format
 
 SHAPES = [Shape(4, 2, 64, 48), Shape(8, 3, 100, 70), Shape(3, 2, 160, 33), Shape(2, 1, 96, 272), Shape(2, 2, 290, 40)]
@@ -56,7 +57,7 @@ def check(isa: str, fmt: str, layer: Layer, x: Inputs, lora: Lora | None, scalin
 
 
 def bound_of(fmt: str) -> float:
-    return 2e-2 if fmt in LAYER_SCALED else 1e-2
+    return 2e-2 if fmt in (*LAYER_SCALED, *PUBLISHED) else 1e-2
 
 
 def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], fmt: str, what: str, slack: int = 1) -> None:
@@ -65,7 +66,8 @@ def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], fmt: st
         error = relative(got[name].double().numpy(), exact.numpy())
         assert error <= bound, f"{what}: gradient of {name} is off by {error:.4f}"
         if exact.abs().max() > 0:
-            assert cosine(got[name].numpy(), exact.numpy()) >= 1 - 1e-4 * slack**2, (
+            turned = 2e-4 if fmt in PUBLISHED else 1e-4  # a relative error of 2e-2 turns by 2e-4
+            assert cosine(got[name].numpy(), exact.numpy()) >= 1 - turned * slack**2, (
                 f"{what}: {name} has another direction"
             )
 
@@ -237,7 +239,7 @@ def test_micro_batches_sum_to_one_batch(isa: str, fmt: str, pieces: int) -> None
     parts = [layer.backward(c, dy[r], adapter, lora) for c, r in zip(caches, rows, strict=True)]
     for name in LORA_NAMES:
         total = sum(p[name].double() for p in parts)
-        assert relative(total.numpy(), whole[name].double().numpy()) <= (2e-2 if fmt in LAYER_SCALED else 1e-2), name
+        assert relative(total.numpy(), whole[name].double().numpy()) <= bound_of(fmt), name
     for name in ("input", "weights"):
         joined = torch.cat([p[name] for p in parts])
         assert relative(joined.double().numpy(), whole[name].double().numpy()) <= 1e-2, name

@@ -7,8 +7,9 @@ from oracle.layers import Inputs, Layer, Shape, assert_same, make_inputs, make_l
 from oracle.published import PUBLISHED
 from oracle.registry import BLOCK_ROWS, LAYER_FORMATS, each_isa, each_layer_format
 
-# h is rounded to bf16; block formats round their weights on the way to bf16 tiles as well.
-TOLERANCE = {fmt: 2.0**-6 if fmt in PUBLISHED else 2.0**-7 for fmt in LAYER_FORMATS}
+# h is rounded to bf16; block formats also round x and h of a few rows to int8 (2^-8 of the largest of 32 k, twice), or
+# their weights to bf16.
+TOLERANCE = {fmt: 2.0**-5 if fmt in PUBLISHED else 2.0**-7 for fmt in LAYER_FORMATS}
 KINDS = ["uniform", "all to one", "one each", "mixed", "duplicates"]
 SHAPES = [
     Shape(1, 1, 64, 32),

@@ -69,7 +69,7 @@ def test_forward(method: str, activation: Activation) -> None:
     wrapper = loaded(method, activation)
     inputs = list(ref.batch(SHAPE, 9))
     got = wrapper.forward(*inputs, *([False] if wrapper.mode == "sft" else []))
-    assert ref.row_error(got, exact(wrapper, activation, inputs, None)) < ref.FORWARD_TOLERANCE
+    assert ref.row_error(got, exact(wrapper, activation, inputs, None)) < ref.forward_tolerance(wrapper)
 
 
 @pytest.mark.parametrize("method", ref.SFT)

@@ -39,7 +39,7 @@ def test_more_subpools_than_nodes_is_one_warning_and_works(caplog) -> None:
     assert wrapper.cpu_infer.config.subpool_count == 9
     assert len([r for r in caplog.records if "threadpool_count=9" in r.getMessage()]) == 1
     inputs = ref.batch(SHAPE, 4)
-    assert ref.row_error(wrapper.forward(*inputs), ref.forward(wrapper, *inputs)) <= ref.FORWARD_TOLERANCE
+    assert ref.row_error(wrapper.forward(*inputs), ref.forward(wrapper, *inputs)) <= ref.forward_tolerance(wrapper)
 
 
 def plan(monkeypatch, cpus, nodes, *arguments):

@@ -20,6 +20,7 @@ namespace amx {
 // clang-format off: each part needs the ones before it
 #include "kernels/unpack-inl.h"
 #include "kernels/dot-inl.h"
+#include "kernels/block_dot-inl.h"
 #include "kernels/mac-inl.h"
 #include "kernels/gemm-inl.h"
 #include "kernels/quantize_int4-inl.h"

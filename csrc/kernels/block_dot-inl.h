@@ -1,0 +1,167 @@
+// Few rows times a block format in integers: activations are int8 with one scale per 32 k, levels are bytes, sums are exact.
+//
+//   w x ~ sum over spans of  x_scale * (scale * sum(q x8) - shift * sum(x8))        scale and shift of BlockWeights
+//   operand: x8 [k / 4][R], words in the order in which the levels leave theirs (signed levels: [k / 2][R], pairs of 16 bits); then per
+//   span and row: x_scale, and x_scale * sum(x8) of its first and its second 16 k
+// Include inside the namespace of a level, after unpack-inl.h and dot-inl.h.
+
+// 16 floats of a bf16 row from column j; columns at or beyond `columns` are zero and are not read.
+template <class V>
+struct VectorRow {
+  static typename V::F load(const bf16* row, int j, int columns) {
+    if (j + 16 <= columns) return V::load_bf16(row + j);
+    bf16 tail[16] = {};
+    if (j < columns) std::memcpy(tail, row + j, 2 * static_cast<std::size_t>(columns - j));
+    return V::load_bf16(tail);
+  }
+};
+
+template <class V, class Fmt>
+struct BlockDot {
+  using F = typename V::F;
+  using I = typename V::I;
+  static constexpr int kMostRows = 4;
+  static constexpr bool kUnsigned = Fmt::bits < 8 && !std::is_same_v<Fmt, Iq4NlFormat>;  // levels 0 .. 63 that maddubs takes
+  static constexpr int kSpanWords = kUnsigned ? 8 : 16;
+  static constexpr bool kTwoScales = Fmt::bits == 6;           // one for each 16 k
+  static constexpr bool kHalves = kUnsigned && Fmt::bits > 4;  // sums of 16 k apart
+  static constexpr int kSpanRows = Fmt::bits == 8 ? 8 : 4;     // 64-byte rows of levels in a span
+
+  // m <= kMostRows rows of bf16, k columns, padded to `padded`. A span with a number that is not finite gets scale NaN.
+  static void pack(RowSource rows, int m, int k, int padded, std::byte* dst) {
+    auto* words = reinterpret_cast<std::uint32_t*>(dst);
+    auto* scales = reinterpret_cast<float*>(words + padded / 32 * kSpanWords * m);
+    for (int j = 0; j < padded; j += 32, words += kSpanWords * m, scales += 3 * m)
+      for (int r = 0; r < m; ++r) {
+        const F first = VectorRow<V>::load(rows.row<bf16>(r), j, k), second = VectorRow<V>::load(rows.row<bf16>(r), j + 16, k);
+        const F poison = V::add(V::mul(first, V::set(0.0f)), V::mul(second, V::set(0.0f)));
+        const float scale = V::hmax(V::max(V::abs(first), V::abs(second))) / 127.0f;
+        const float inverse = scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f;
+        alignas(64) std::int8_t x[32];
+        V::store_s8(x, V::to_i(V::mul(first, V::set(inverse))));
+        V::store_s8(x + 16, V::to_i(V::mul(second, V::set(inverse))));
+        int sum[2] = {};
+        for (int i = 0; i < 32; ++i) sum[i / 16] += x[i];
+        pack_span(x, m, words + r);
+        scales[3 * r] = V::hsum(poison) == 0.0f ? scale : std::numeric_limits<float>::quiet_NaN();
+        for (int i = 0; i < 2; ++i) scales[3 * r + 1 + i] = scales[3 * r] * static_cast<float>(sum[i]);
+      }
+  }
+
+  // One byte order for both kinds of words: nibble words give even k, then odd k; byte words give four consecutive k.
+  static void pack_span(const std::int8_t* x, int rows, std::uint32_t* words) {
+    for (int q = 0; q < 8; ++q) {
+      std::int8_t quad[4];
+      for (int b = 0; b < 4; ++b) quad[b] = Fmt::bits == 8 ? x[4 * q + b] : x[8 * (q / 2) + 2 * b + q % 2];
+      if (kUnsigned)
+        std::memcpy(words + q * rows, quad, 4);
+      else
+        Int8PairDot<V>::pack(quad, words + 2 * q * rows, words + (2 * q + 1) * rows);
+    }
+  }
+
+  template <int R>
+  static void run(const std::byte* panel, int k_steps, const std::uint32_t* x, const float* x_scales, float* c, std::ptrdiff_t ldc,
+                  bool accumulate) {
+    F sum[2][R];
+    for (int t = 0; t < 2; ++t)
+      for (int r = 0; r < R; ++r) sum[t][r] = accumulate ? V::load(c + r * ldc + 16 * t) : V::set(0.0f);
+    for (int s = 0; s < k_steps; ++s, panel += 2 * Fmt::rows * kRowBytes)
+      for (int span = 0; span < Fmt::k_step / 32; ++span, x += kSpanWords * R, x_scales += 3 * R)
+#pragma GCC unroll 2
+        for (int t = 0; t < 2; ++t) add_span<R>(panel + t * Fmt::rows * kRowBytes, span, x, x_scales, sum[t]);
+    for (int t = 0; t < 2; ++t)
+      for (int r = 0; r < R; ++r) V::store(c + r * ldc + 16 * t, sum[t][r]);
+  }
+
+ private:
+  template <int R>
+  static inline __attribute__((always_inline)) void add_span(const std::byte* tile, int span, const std::uint32_t* x, const float* x_scales,
+                                                             F (&sum)[R]) {
+    const auto scales = BlockWeights<V, Fmt>::scales(tile, span);
+    I half[2][R];  // sums of k < 16 and k >= 16, where they are apart; else all in the first
+    I part[R];     // 16-bit sums of unsigned levels, 32-bit ones of 6-bit and of signed levels
+    products<R, 0>(tile, span, x, half, part);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const F x_scale = V::set(x_scales[3 * r]), first = V::set(x_scales[3 * r + 1]), second = V::set(x_scales[3 * r + 2]);
+      const I whole = kHalves && !kTwoScales ? V::add_i(half[0][r], half[1][r]) : half[0][r];
+      sum[r] = V::fma(V::mul(scales.scale[0], x_scale), V::to_f(whole), sum[r]);
+      if constexpr (kTwoScales) {
+        sum[r] = V::fma(V::mul(scales.scale[1], x_scale), V::to_f(half[1][r]), sum[r]);
+        sum[r] = V::fma(V::mul(scales.scale[0], V::set(-32.0f)), first, sum[r]);
+        sum[r] = V::fma(V::mul(scales.scale[1], V::set(-32.0f)), second, sum[r]);
+      } else if constexpr (kUnsigned) {
+        sum[r] = V::fma(V::sub(V::set(0.0f), scales.shift), V::add(first, second), sum[r]);
+      }
+    }
+  }
+
+  // One row of levels after another.
+  template <int R, int row>
+  static inline __attribute__((always_inline)) void products(const std::byte* tile, int span, const std::uint32_t* x, I (&half)[2][R],
+                                                             I (&part)[R]) {
+    if constexpr (row < kSpanRows) {
+      const std::byte* at = tile + kRowBytes * (Fmt::scale_rows + span * kSpanRows + row);
+      __builtin_prefetch(at + 4096, 0, 3);
+      const I word = V::load_i(at);
+      if constexpr (Fmt::bits == 8) {
+        signed_products<R, row == 0>(word, x + 2 * row * R, part);
+      } else {
+        const I low = V::and_i(word, 0x0f0f0f0f), high = V::and_i(V::template shr<4>(word), 0x0f0f0f0f);
+        if constexpr (std::is_same_v<Fmt, Iq4NlFormat>) {
+          signed_products<R, row == 0>(V::lookup_bytes(low, kIq4Values), x + 4 * row * R, part);
+          signed_products<R, false>(V::lookup_bytes(high, kIq4Values), x + (4 * row + 2) * R, part);
+        } else {
+          unsigned_products<R, row == 0 || (kHalves && row == 2), row>(tile, span, low, high, x + 2 * row * R, part);
+        }
+      }
+      if constexpr (kHalves && row % 2 == 1) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) half[row / 2][r] = kTwoScales ? part[r] : pairs(part[r]);
+      }
+      products<R, row + 1>(tile, span, x, half, part);
+    } else if constexpr (!kHalves) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) half[0][r] = kUnsigned ? pairs(part[r]) : part[r];
+    }
+  }
+
+  static inline __attribute__((always_inline)) I pairs(I sums16) { return V::madd(V::set_i(0), sums16, V::set_i(0x00010001)); }
+
+  template <int R, bool kFirst>
+  static inline __attribute__((always_inline)) void signed_products(I levels, const std::uint32_t* x, I (&part)[R]) {
+    const I even = V::even_s8(levels), odd = V::odd_s8(levels);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      part[r] = V::madd(kFirst ? V::set_i(0) : part[r], even, V::set_i(static_cast<std::int32_t>(x[r])));
+      part[r] = V::madd(part[r], odd, V::set_i(static_cast<std::int32_t>(x[R + r])));
+    }
+  }
+
+  // In 16 bits: 4-bit levels over the span (8 products of pairs, 8 * 2 * 15 * 127 = 30480), 5-bit levels over 16 k (4 * 2 * 31 * 127 =
+  // 31496). 6-bit levels over one row (2 * 2 * 63 * 127 = 32004), then in 32 bits.
+  template <int R, bool kFirst, int row>
+  static inline __attribute__((always_inline)) void unsigned_products(const std::byte* tile, int span, I low, I high,
+                                                                      const std::uint32_t* x, I (&part)[R]) {
+    if constexpr (Fmt::bits == 5) {
+      const I bits = V::load_i(tile + kRowBytes * (Fmt::high_row + span));
+      low = V::or_i(low, V::and_i(V::template move_bit<2 * row, 4>(bits), 0x10101010));
+      high = V::or_i(high, V::and_i(V::template move_bit<2 * row + 1, 4>(bits), 0x10101010));
+    } else if constexpr (Fmt::bits == 6) {
+      const I bits = V::load_i(tile + kRowBytes * (Fmt::high_row + 2 * span + row / 2));
+      low = V::or_i(low, V::and_i(V::template move_bit<4 * (row % 2), 4>(bits), 0x30303030));
+      high = V::or_i(high, V::and_i(V::template move_bit<4 * (row % 2) + 2, 4>(bits), 0x30303030));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const I a = V::maddubs(low, V::set_i(static_cast<std::int32_t>(x[r])));
+      const I b = V::maddubs(high, V::set_i(static_cast<std::int32_t>(x[R + r])));
+      if constexpr (Fmt::bits == 6) {
+        part[r] = kFirst ? pairs(V::add16(a, b)) : V::add_i(part[r], pairs(V::add16(a, b)));
+      } else {
+        part[r] = kFirst ? V::add16(a, b) : V::add16(part[r], V::add16(a, b));
+      }
+    }
+  }
+};
