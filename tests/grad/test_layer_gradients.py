@@ -1,9 +1,10 @@
 """Gradients of the layer against float64 autograd (which finite differences prove, tests/oracle).
 
 Bounds: relative L2 of 1e-2 for bf16 and 2e-2 where activations are rounded to int8, cosine 0.9999. LoRA gradients are
-compared for all experts at once, as an optimiser sees them. Two exceptions are for dot products that may cancel, where three standard
-deviations are allowed: a router gradient is one product <dy, y>, held against the size that it has for independent
-vectors, |dy| |y| / sqrt(hidden); and the gradient of A for few tokens and a small rank is a few products <dG, B>.
+compared for all experts at once, as an optimiser sees them. Two exceptions are for dot products that may cancel, where
+three standard deviations are allowed: a router gradient is one product <dy, y>, held against the size that it has for
+independent vectors, |dy| |y| / sqrt(hidden); and the gradient of A for few tokens and a small rank is a few products
+<dG, B>.
 """
 
 import pytest
