@@ -146,12 +146,12 @@ struct BlockDot {
                                                                       const std::uint32_t* x, I (&part)[R]) {
     if constexpr (Fmt::bits == 5) {
       const I bits = V::load_i(tile + kRowBytes * (Fmt::high_row + span));
-      low = V::or_i(low, V::and_i(V::template move_bit<2 * row, 4>(bits), 0x10101010));
-      high = V::or_i(high, V::and_i(V::template move_bit<2 * row + 1, 4>(bits), 0x10101010));
+      low = V::or_i(low, V::and_i(move_bit<V, 2 * row, 4>(bits), 0x10101010));
+      high = V::or_i(high, V::and_i(move_bit<V, 2 * row + 1, 4>(bits), 0x10101010));
     } else if constexpr (Fmt::bits == 6) {
       const I bits = V::load_i(tile + kRowBytes * (Fmt::high_row + 2 * span + row / 2));
-      low = V::or_i(low, V::and_i(V::template move_bit<4 * (row % 2), 4>(bits), 0x30303030));
-      high = V::or_i(high, V::and_i(V::template move_bit<4 * (row % 2) + 2, 4>(bits), 0x30303030));
+      low = V::or_i(low, V::and_i(move_bit<V, 4 * (row % 2), 4>(bits), 0x30303030));
+      high = V::or_i(high, V::and_i(move_bit<V, 4 * (row % 2) + 2, 4>(bits), 0x30303030));
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {

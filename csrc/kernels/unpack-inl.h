@@ -1,6 +1,15 @@
 // From stored tiles to numbers: levels of the block formats, and the direct tiles that UNPACKED formats become in cache.
 // Include inside the namespace of a level, after Vec.
 
+// Bit `from` of each lane, and the others with it, moved to bit `to`.
+template <class V, int from, int to>
+static inline __attribute__((always_inline)) typename V::I move_bit(typename V::I x) {
+  if constexpr (from > to)
+    return V::template shr<from - to>(x);
+  else
+    return V::template shl<to - from>(x);
+}
+
 // Weights of a block format, 16 columns at a time, span by span: a span is 32 consecutive k, what one bf16 tile holds.
 // w = level * scale - shift is exact in fp32, or rounds once, in the same way on every level; see the format's own file.
 template <class V, class Fmt>
@@ -86,11 +95,11 @@ struct BlockWeights {
         return V::fma(V::to_f(nibble), s.scale[0], V::sub(V::set(0.0f), s.shift));
       } else if constexpr (Fmt::bits == 5) {
         const I high = V::load_i(levels + kRowBytes * (Fmt::high_row - Fmt::scale_rows + span));
-        const I q = V::or_i(nibble, V::and_i(V::template move_bit<field_shift<1>(k), 4>(high), 16));
+        const I q = V::or_i(nibble, V::and_i(move_bit<V, field_shift<1>(k), 4>(high), 16));
         return V::fma(V::to_f(q), s.scale[0], V::sub(V::set(0.0f), s.shift));
       } else {
         const I high = V::load_i(levels + kRowBytes * (Fmt::high_row - Fmt::scale_rows + 2 * span + k / 16));
-        const I q = V::or_i(nibble, V::and_i(V::template move_bit<field_shift<2>(k), 4>(high), 48));
+        const I q = V::or_i(nibble, V::and_i(move_bit<V, field_shift<2>(k), 4>(high), 48));
         return V::fma(V::to_f(q), s.scale[k / 16], V::sub(V::set(0.0f), V::mul(s.scale[k / 16], V::set(32.0f))));
       }
     }

@@ -114,13 +114,6 @@ struct Vec {
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
     return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
   }
-  template <int from, int to>
-  KTMOE_INLINE I move_bit(I x) {
-    if constexpr (from > to)
-      return shr<from - to>(x);
-    else
-      return shl<to - from>(x);
-  }
   KTMOE_INLINE I mullo16(I x, I y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }
   KTMOE_INLINE I mulhi16(I x, I y) { return {_mm256_mulhi_epu16(x.a, y.a), _mm256_mulhi_epu16(x.b, y.b)}; }
   template <int b>

@@ -79,13 +79,6 @@ struct Vec {
   KTMOE_INLINE I lookup_bytes(I index, const std::int8_t* table) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index);
   }
-  template <int from, int to>
-  KTMOE_INLINE I move_bit(I x) {
-    if constexpr (from > to)
-      return shr<from - to>(x);
-    else
-      return shl<to - from>(x);
-  }
   KTMOE_INLINE I mullo16(I x, I y) { return _mm512_mullo_epi16(x, y); }
   KTMOE_INLINE I mulhi16(I x, I y) { return _mm512_mulhi_epu16(x, y); }
   template <int b>

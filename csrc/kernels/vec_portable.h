@@ -157,14 +157,6 @@ struct Vec {
       return pair16(static_cast<std::int16_t>(to_bf16(even.v[i]).bits), static_cast<std::int16_t>(to_bf16(odd.v[i]).bits));
     });
   }
-  // Bit `from` of each lane (and its neighbours) moved to bit `to`.
-  template <int from, int to>
-  static I move_bit(I a) {
-    if constexpr (from > to)
-      return shr<from - to>(a);
-    else
-      return shl<to - from>(a);
-  }
   // Two unsigned 16-bit numbers a lane: low and high half of their products; four bytes a lane: a - b, wrapping.
   static I mullo16(I a, I b) {
     return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y; });

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,7 +24,7 @@ from .runtime import CPUInfer, engine_for, isa_without_amx
 
 if TYPE_CHECKING:  # what reads files is imported when something is loaded: `import ktmoe` stays quick
     from .io.published import PublishedExpert
-    from .io.sources import Source
+    from .io.source import Source
 
 # Looked up on every forward: module globals are cheaper than attributes of torch.
 _BF16, _F32, _I64, _I32 = torch.bfloat16, torch.float32, torch.int64, torch.int32
@@ -164,7 +163,7 @@ class BaseMoEWrapper(PackedWeights):
         WeightFileError if the files are missing, damaged or do not fit the layer, MemoryError if it clearly does not
         fit into memory, OSError if cpu_save cannot write; the layer is then not loaded.
         """
-        from .io.sources import open_source, read_expert
+        from .io.sources import open_source
 
         if not self.weight_path:
             raise ValueError("weight_path: got an empty path, expected the folder of the model's weight files")
@@ -184,7 +183,7 @@ class BaseMoEWrapper(PackedWeights):
                 )
             slots = self._slots(physical_to_logical_map, source.n_experts, where)
             formats = self._formats_of(source)
-            read = functools.partial(read_expert, source)
+            read = source.read_expert
             if self.cpu_save:
                 names = tuple(source.biases(0))
                 self._load_and_keep(

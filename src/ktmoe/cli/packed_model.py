@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from ktmoe.io.model_shape import read_model_shape
 from ktmoe.io.packed_dir import PackedIndex, is_packed_dir, read_packed_index, write_packed_index
 from ktmoe.io.packed_file import layer_file
 from ktmoe.io.packed_writer import PART
-from ktmoe.io.sources import Source, open_source, read_expert
+from ktmoe.io.source import Source
+from ktmoe.io.sources import open_source
 from ktmoe.methods import METHODS
 from ktmoe.packing import holds, pack_layer
 from ktmoe.wrapper import KTMoEWrapper
@@ -76,8 +76,8 @@ class PackedModel:
         wrapper = self._wrapper(layer)
         info = wrapper.packed_info(self._experts[layer], self._fingerprint)
         with self._open(layer) as source:
-            read, biases = functools.partial(read_expert, source), tuple(source.biases(0))
-            pack_layer(wrapper.packer(), read, info, self._path(layer), bar.step, biases=biases)
+            biases = tuple(source.biases(0))
+            pack_layer(wrapper.packer(), source.read_expert, info, self._path(layer), bar.step, biases=biases)
 
     def _open(self, layer: int) -> Source:
         return open_source(self._source, layer, self._shape.hidden, self._shape.inter)

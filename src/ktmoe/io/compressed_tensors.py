@@ -17,14 +17,15 @@ from ..errors import WeightFileError
 from .experts import PROJECTIONS, Group, count_experts
 from .published import PublishedMatrix, blocks_along
 from .safetensors_dir import SafetensorsDir
+from .source import Source
 
 _PACKED_DTYPES = {"I32": torch.int32, "U8": torch.uint8}
 _INTEGER_DTYPES = {"I64": torch.int64, "I32": torch.int32}
 _GROUPS = (32, 64, 128)
 
 
-class CompressedTensorsSource:
-    """Reads the experts of one layer one by one; an open folder, to be closed by close() or `with`."""
+class CompressedTensorsSource(Source):
+    """See `Source`."""
 
     kind = "int4"
 
@@ -42,16 +43,6 @@ class CompressedTensorsSource:
             )
         self.formats = (f"int4_g{self._groups['gate']}", f"int4_g{self._groups['down']}")
         """Formats of gate/up and of down."""
-
-    def __enter__(self) -> CompressedTensorsSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def biases(self, expert: int) -> dict[str, Tensor]:
-        """None: `open_source` refuses quantised experts that have some."""
-        return {}
 
     def close(self) -> None:
         """Closes the files."""

@@ -21,6 +21,7 @@ from .experts import PROJECTIONS, Group, count_experts
 from .published import FP8_BLOCK, PublishedMatrix, blocks_along, expand_rows
 from .safetensors_dir import SafetensorsDir
 from .safetensors_file import FLOAT_DTYPES
+from .source import Source
 
 _CODE_DTYPES = {"F8_E4M3": torch.uint8}
 _SCALE_DTYPES = {**FLOAT_DTYPES, "F8_E8M0": torch.uint8}
@@ -36,8 +37,8 @@ def is_fp8(folder: SafetensorsDir, group: Group) -> bool:
     return name is not None and folder.entry(name).dtype == "F8_E4M3"
 
 
-class Fp8Source:
-    """Reads the experts of one layer one by one; an open folder, to be closed by close() or `with`."""
+class Fp8Source(Source):
+    """See `Source`."""
 
     kind = "fp8"
     formats = ("fp8", "fp8")
@@ -47,16 +48,6 @@ class Fp8Source:
         self._group = group
         self._hidden, self._inter = hidden, inter
         self.n_experts = count_experts(folder, group, layer)
-
-    def __enter__(self) -> Fp8Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def biases(self, expert: int) -> dict[str, Tensor]:
-        """None: `open_source` refuses quantised experts that have some."""
-        return {}
 
     def close(self) -> None:
         """Closes the files."""

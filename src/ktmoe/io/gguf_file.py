@@ -26,6 +26,7 @@ from .gguf_types import FLOAT_TYPES, GGUF_TYPE_OF, can_dequantize, dequantize_ro
 from .index_json import open_regular
 from .limits import MAX_SHARDS
 from .published import PublishedMatrix, plain, quantize
+from .source import Source
 
 _SUFFIX = ".gguf"
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
@@ -63,7 +64,7 @@ def is_gguf(path: str, prefer: bool = False) -> bool:
         return file.read(4) == b"GGUF"
 
 
-class GgufSource:
+class GgufSource(Source):
     """Reads the experts of one layer one by one; open files, to be closed by close() or `with`."""
 
     kind = "gguf"
@@ -90,16 +91,6 @@ class GgufSource:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> GgufSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def biases(self, expert: int) -> dict[str, Tensor]:
-        """None: `open_source` refuses quantised experts that have some."""
-        return {}
 
     def close(self) -> None:
         """Closes the files; harmless if repeated."""

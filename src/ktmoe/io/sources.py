@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Protocol
-
 from torch import Tensor
 
 from ..errors import WeightFileError
@@ -12,46 +9,12 @@ from .compressed_tensors import CompressedTensorsSource
 from .experts import ExpertSource, find_group
 from .fp8 import Fp8Source, is_fp8
 from .gguf_file import GgufSource, is_gguf
-from .published import PublishedExpert, PublishedMatrix, plain
+from .published import PublishedMatrix, plain
 from .safetensors_dir import SafetensorsDir
+from .source import Source
 
 
-class Source(Protocol):
-    """Reads the experts of one layer one by one. WeightFileError for whatever is wrong with the files."""
-
-    @property
-    def kind(self) -> str:
-        """ "bf16", "int4", "fp8" or "gguf"."""
-
-    @property
-    def n_experts(self) -> int:
-        """Experts that the files hold for this layer."""
-
-    @property
-    def formats(self) -> tuple[str, str]:
-        """Formats, as in `published`, of gate/up and of down."""
-
-    def read(self, expert: int) -> tuple[PublishedMatrix | None, ...]:
-        """gate (None without one), up [inter, hidden] and down [hidden, inter] of one expert, in `formats`."""
-
-    def biases(self, expert: int) -> dict[str, Tensor]:
-        """gate_bias, up_bias [inter] and down_bias [hidden] of one expert, fp32; empty if there are none."""
-
-    def close(self) -> None:
-        """Closes the files."""
-
-    def __enter__(self) -> Source: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
-
-
-def read_expert(source: Source, expert: int) -> PublishedExpert:
-    """All of one expert."""
-    return PublishedExpert(source.read(expert), source.biases(expert))
-
-
-class PlainSource:
+class PlainSource(Source):
     """Experts in floats, as bf16."""
 
     kind = "bf16"
@@ -72,12 +35,6 @@ class PlainSource:
     def close(self) -> None:
         """Closes the files."""
         self._experts.close()
-
-    def __enter__(self) -> PlainSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def open_source(
