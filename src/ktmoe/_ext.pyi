@@ -174,7 +174,10 @@ class MoeLayer:
     @property
     def isa(self) -> str: ...
     @property
-    def format(self) -> str: ...
+    def format(self) -> str:
+        """Of gate and up."""
+    @property
+    def down_format(self) -> str: ...
     def dequantize_expert(self, expert: int, gate: Array | None, up: Array, down: Array) -> None:
         """Writes the weights that the kernels use: fp32 [inter, hidden], [inter, hidden], [hidden, inter]."""
     def forward(

@@ -18,7 +18,7 @@ from .io.read_ahead import read_ahead
 from .lora import LoraMirror, PackedLora
 from .memory import check_memory
 from .methods import Method, method_for
-from .packed_weights import PackedWeights
+from .packed_weights import PackedWeights, formats_of
 from .packing import Progress, ReadExpert
 from .runtime import CPUInfer, engine_for, isa_without_amx
 
@@ -73,8 +73,7 @@ class BaseMoEWrapper(PackedWeights):
         self.cpu_infer: CPUInfer = engine_for(config)
         self._row = method
         self.gated = config.gated
-        self._formats = self._own_formats()
-        self.layer = self._new_layer(self._formats)
+        self.layer = self._new_layer(self._own_formats())
         self.mirror = self._new_mirror()
         """Packed LoRA of `ktmoe.autograd.moe_forward`."""
         self._cpu_experts = [e for e, on_gpu in enumerate(config.gpu_experts_mask.tolist()) if not on_gpu]
@@ -101,6 +100,11 @@ class BaseMoEWrapper(PackedWeights):
             return (self.config.gguf_type.lower(),) * 2
         return ("fp8", "fp8") if self._row.published == "fp8" else ("bf16", "bf16")
 
+    @property
+    def _formats(self) -> tuple[str, str]:
+        """Formats in which the present layer takes weights."""
+        return formats_of(self.layer) if self._row.published else self._own_formats()
+
     def _formats_of(self, source: Source) -> tuple[str, str]:
         """Formats in which weights of `source` are handed over: their own where the method computes with them."""
         if source.kind == self._row.published:
@@ -116,7 +120,7 @@ class BaseMoEWrapper(PackedWeights):
         """Makes the layer, without weights, fit a source: published formats stay what they are in the files."""
         formats = self._formats_of(source)
         if formats != self._formats:
-            self.layer, self._formats = self._new_layer(formats), formats
+            self.layer = self._new_layer(formats)
 
     def _new_layer(self, formats: tuple[str, str]) -> _ext.MoeLayer:
         """An empty engine layer for weights that are handed over in these formats."""
@@ -167,11 +171,10 @@ class BaseMoEWrapper(PackedWeights):
 
         if not self.weight_path:
             raise ValueError("weight_path: got an empty path, expected the folder of the model's weight files")
-        if is_packed_dir(self.weight_path):
-            self.load_packed(packed_file_of(self.weight_path, self.layer_idx), physical_to_logical_map)
-            return
-        if (kept := self._kept_file()) is not None:
-            self.load_packed(kept, physical_to_logical_map)
+        is_packed = is_packed_dir(self.weight_path)
+        packed = packed_file_of(self.weight_path, self.layer_idx) if is_packed else self._kept_file()
+        if packed is not None:
+            self.load_packed(packed, physical_to_logical_map)
             return
         shape = self.layer_idx, self.hidden_size, self.moe_intermediate_size
         prefer_gguf = self._row.published == "gguf"
@@ -246,8 +249,9 @@ class BaseMoEWrapper(PackedWeights):
         """
         slots = self._slots(None, self.num_experts, "") if slots is None else slots
         source_bytes = 2 * 3 * self.hidden_size * self.moe_intermediate_size
-        need = self.layer.expert_bytes * len(slots) + 2 * source_bytes - self.layer.packed_bytes
-        check_memory(need, f"layer {self.layer_idx}: {len(slots)} experts in {self.layer.format}")
+        target = self.layer if formats in (None, self._formats) else self._new_layer(formats)  # empty: costs nothing
+        need = target.expert_bytes * len(slots) + 2 * source_bytes - self.layer.packed_bytes
+        check_memory(need, f"layer {self.layer_idx}: {len(slots)} experts in {target.format}")
 
         def use(slot: tuple[int, int], weights: PublishedExpert) -> None:
             self.put_expert(slot[0], weights)
@@ -315,7 +319,7 @@ class BaseMoEWrapper(PackedWeights):
         if formats in (None, self._formats):
             self.layer.unload()
         elif formats is not None:  # the engine's layer has its formats for life
-            self.layer, self._formats = self._new_layer(formats), formats
+            self.layer = self._new_layer(formats)
         try:
             yield
         except BaseException:

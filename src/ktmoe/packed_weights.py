@@ -32,7 +32,6 @@ class PackedWeights:
     config: MoEConfig
     method: str
     layer: _ext.MoeLayer
-    _formats: tuple[str, str]
 
     if TYPE_CHECKING:  # of BaseMoEWrapper
 
@@ -109,7 +108,6 @@ class PackedWeights:
         packer = type(self)(config, METHODS[self.method])
         if formats_of(packer.layer) != formats_of(self.layer):
             packer.layer = packer._engine_layer(*formats_of(self.layer))
-        packer._formats = self._formats
         return packer
 
     # --- cpu_save: WEIGHT_PATH/ktmoe-METHOD/ktmoe-layer-00007.safetensors -----------------------------------------
@@ -159,4 +157,4 @@ class PackedWeights:
 
 def formats_of(layer: _ext.MoeLayer) -> tuple[str, str]:
     """The formats of gate/up and of down."""
-    return layer.format, getattr(layer, "down_format", layer.format)
+    return layer.format, layer.down_format

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf_files
 import pytest
 import torch_oracle as ref
 
@@ -81,3 +82,17 @@ def test_a_load_that_cannot_fit_is_refused_before_it_starts(monkeypatch: pytest.
     with pytest.raises(MemoryError, match=r"layer 3: 5 experts in bf16: need 0\.00 GiB, have 0\.00 GiB \(free memory"):
         other.load_weights_from_tensors(*ref.weights(shape))
     assert (wrapper.forward(*inputs) == before).all()
+
+
+def test_what_is_needed_follows_the_formats_that_will_be_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GGUF file may be larger than what the method makes of tensors."""
+    shape = ref.Shape(experts=8, hidden=256, inter=256)
+    stacks = gguf_files.random_stacks(("BF16",) * 3, shape.experts, shape.hidden, shape.inter)
+    gguf_files.write(tmp_path / "m.gguf", gguf_files.layer_tensors(stacks, 3))
+    wrapper = ref.make(shape, "LLAMAFILE", weight_path=tmp_path, layer_idx=3)
+    quantised = wrapper.layer.expert_bytes * shape.experts
+    room = quantised + 3 * 2 * 3 * shape.hidden * shape.inter
+    assert room < 2 * 3 * shape.hidden * shape.inter * shape.experts
+    monkeypatch.setattr(memory, "available_bytes", lambda: (room, "free memory of the machine"))
+    with pytest.raises(MemoryError, match="8 experts in bf16"):
+        wrapper.load_weights()

@@ -57,6 +57,17 @@ def test_published_formats_come_back_from_disk(tmp_path: Path, monkeypatch: pyte
         assert torch.equal(run(wrapper), run(direct))
 
 
+def test_tensors_after_a_packed_file_have_the_formats_of_the_method_again(tmp_path: Path) -> None:
+    gguf_folder(tmp_path)
+    kept = ref.make(SHAPE, "LLAMAFILE", weight_path=tmp_path, layer_idx=LAYER, cpu_save=True)
+    kept.load_weights()
+    wrapper = ref.make(SHAPE, "LLAMAFILE", weight_path=tmp_path, layer_idx=LAYER)
+    wrapper.load_weights()
+    assert (wrapper.layer.format, wrapper.layer.down_format) == ("q4_k", "q6_k")
+    wrapper.load_weights_from_tensors(*ref.weights(SHAPE))
+    assert torch.equal(run(wrapper), run(ref.loaded(SHAPE, "LLAMAFILE")))
+
+
 @pytest.mark.parametrize("names", [("gate_bias", "up_bias", "down_bias"), ("down_bias",)], ids=" ".join)
 def test_biases_come_back_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
     sizes = {"gate_bias": SHAPE.inter, "up_bias": SHAPE.inter, "down_bias": SHAPE.hidden}
