@@ -128,10 +128,5 @@ struct Elementwise {
   }
 
  private:
-  static F load(const bf16* x, int j, int n) {
-    if (j + 16 <= n) return V::load_bf16(x + j);
-    bf16 tail[16] = {};
-    std::memcpy(tail, x + j, 2 * static_cast<std::size_t>(n - j));
-    return V::load_bf16(tail);
-  }
+  static F load(const bf16* x, int j, int n) { return VectorRow<V>::load(x, j, n); }
 };

@@ -16,8 +16,7 @@ template <class V, class Fmt>
 struct BlockWeights {
   using F = typename V::F;
   using I = typename V::I;
-  static constexpr int kSpans = Fmt::k_step / 32;  // of a tile
-  static constexpr int kDistance = 4096;           // bytes that a stream from memory is asked for ahead of its use
+  static constexpr int kDistance = 4096;  // bytes that a stream from memory is asked for ahead of its use
 
   struct Scales {
     F scale[2], shift;  // of k < 16 and k >= 16 of the span
@@ -46,8 +45,8 @@ struct BlockWeights {
       } else {
         const I row = V::load_i(tile_word(tile, 1 + span / 2, 0));
         const I both = span % 2 ? V::template shr<16>(row) : row;
-        s.scale[0] = s.scale[1] = V::mul(d, byte_of(both, 0));
-        s.shift = V::mul(V::load_f16(half_at(tile, 0, 1, 0)), byte_of(both, 1));
+        s.scale[0] = s.scale[1] = V::mul(d, byte_of<0>(both));
+        s.shift = V::mul(V::load_f16(half_at(tile, 0, 1, 0)), byte_of<1>(both));
       }
     } else if constexpr (std::is_same_v<Fmt, Fp8Format>) {
       s.scale[0] = s.scale[1] = V::load(reinterpret_cast<const float*>(tile));
@@ -67,12 +66,9 @@ struct BlockWeights {
     (use(k, weight<k>(levels, span, s)), ...);
   }
 
-  static inline __attribute__((always_inline)) F byte_of(I row, int i) {
-    return V::to_f(V::and_i(i == 0   ? row
-                            : i == 1 ? V::template shr<8>(row)
-                            : i == 2 ? V::template shr<16>(row)
-                                     : V::template shr<24>(row),
-                            255));
+  template <int i>
+  static inline __attribute__((always_inline)) F byte_of(I row) {
+    return V::to_f(V::and_i(V::template shr<8 * i>(row), 255));
   }
 
   template <int k>

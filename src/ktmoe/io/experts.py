@@ -18,11 +18,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ..errors import WeightFileError
+from .published import PublishedMatrix, plain
 from .safetensors_dir import SafetensorsDir
+from .source import Source
 
 PROJECTIONS = ("gate", "up", "down")
 _ROLE = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
@@ -55,8 +56,11 @@ class Group:
     """As `fused`: the name of its scales."""
 
 
-class ExpertSource:
-    """Reads the experts of one layer one by one; an open folder, to be closed by close() or `with`."""
+class ExpertSource(Source):
+    """Experts in floats, as bf16."""
+
+    kind = "bf16"
+    formats = ("bf16", "bf16")
 
     def __init__(
         self, folder: SafetensorsDir, group: Group, layer: int, hidden: int, inter: int, gated: bool = True
@@ -70,18 +74,15 @@ class ExpertSource:
         self.n_experts = count_experts(folder, group, layer, gated)
         """Experts that the files hold for this layer."""
 
-    def __enter__(self) -> ExpertSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Closes the files."""
         self._folder.close()
 
-    def read(self, expert: int) -> tuple[Tensor | None, Tensor, Tensor]:
-        """gate (None without one), up [inter, hidden] and down [hidden, inter] of one expert, bf16."""
+    def read(self, expert: int) -> tuple[PublishedMatrix | None, ...]:
+        """gate (None without one), up [inter, hidden] and down [hidden, inter] of one expert."""
+        return tuple(None if weights is None else plain(weights) for weights in self._tensors(expert))
+
+    def _tensors(self, expert: int) -> tuple[Tensor | None, Tensor, Tensor]:
         h, i = self._hidden, self._inter
         if self._group.fused:
             return self._read_fused(expert)
@@ -90,7 +91,7 @@ class ExpertSource:
         return (own[0] if len(own) == 3 else None), own[-2], own[-1]
 
     def _read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
-        return self._folder.read(name, shape, index).to(torch.bfloat16)
+        return self._folder.read(name, shape, index)
 
     def _read_fused(self, expert: int) -> tuple[Tensor | None, Tensor, Tensor]:
         n, h, i, names = self.n_experts, self._hidden, self._inter, self._group.fused
@@ -168,20 +169,6 @@ def find_group(folder: SafetensorsDir, layer: int) -> Group:
     if len(groups) != 1:
         raise WeightFileError(f"{folder.folder}: {_why_not_one(folder.shards, layer, sorted(groups))}")
     return next(iter(groups.values()))
-
-
-def open_experts(folder: str, layer: int, hidden: int, inter: int, *, gated: bool = True) -> ExpertSource:
-    """The experts of `layer` in a folder of safetensors files.
-
-    WeightFileError if the folder has none, has several candidates, lacks a tensor of one, or has gates where the layer
-    has none.
-    """
-    opened = SafetensorsDir(folder)
-    try:
-        return ExpertSource(opened, find_group(opened, layer), layer, hidden, inter, gated)
-    except BaseException:
-        opened.close()
-        raise
 
 
 def expert_layers(folder: str) -> list[int]:

@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ..errors import WeightFileError
 from .compressed_tensors import CompressedTensorsSource
 from .experts import ExpertSource, find_group
 from .fp8 import Fp8Source, is_fp8
 from .gguf_file import GgufSource, is_gguf
-from .published import PublishedMatrix, plain
 from .safetensors_dir import SafetensorsDir
 from .source import Source
-
-
-class PlainSource(Source):
-    """Experts in floats, as bf16."""
-
-    kind = "bf16"
-    formats = ("bf16", "bf16")
-
-    def __init__(self, experts: ExpertSource) -> None:
-        self._experts = experts
-        self.n_experts = experts.n_experts
-
-    def read(self, expert: int) -> tuple[PublishedMatrix | None, ...]:
-        """gate (None without one), up [inter, hidden] and down [hidden, inter] of one expert."""
-        return tuple(None if weights is None else plain(weights) for weights in self._experts.read(expert))
-
-    def biases(self, expert: int) -> dict[str, Tensor]:
-        """gate_bias, up_bias [inter] and down_bias [hidden] of one expert, fp32; empty if there are none."""
-        return self._experts.biases(expert)
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._experts.close()
 
 
 def open_source(
@@ -59,7 +33,7 @@ def open_source(
             return CompressedTensorsSource(folder, group, layer, hidden, inter)
         if quantised:
             return Fp8Source(folder, group, layer, hidden, inter)
-        return PlainSource(ExpertSource(folder, group, layer, hidden, inter, gated))
+        return ExpertSource(folder, group, layer, hidden, inter, gated)
     except BaseException:
         folder.close()
         raise
