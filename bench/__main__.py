@@ -43,7 +43,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", help=f"of {', '.join(SHAPES)}, separated by commas (default: S1,S2; sft: S1)")
     parser.add_argument("--tokens", help="separated by commas")
     parser.add_argument("--cells", help="SHAPE:TOKENS,... instead of --shape and --tokens")
-    parser.add_argument("--methods", help="default: every implemented method; METHOD?option=value passes an option")
+    parser.add_argument("--methods", help="default: every method; METHOD?option=value passes an option")
     parser.add_argument(
         "--peers", help='"auto" (default: what is found), "none", or names: torch:bf16,kt,llamacpp:Q4_K'
     )
@@ -76,9 +76,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.peers = peers.choose(args.peers, args.mode, args.found)
     except ValueError as e:
         parser.error(str(e))
-    methods = (
-        args.methods.split(",") if args.methods else [m.name for m in methods_of(args.mode, implemented_only=True)]
-    )
+    methods = args.methods.split(",") if args.methods else [m.name for m in methods_of(args.mode)]
     args.ours = [f"ktmoe:{m}" for m in methods]
     return args
 

@@ -39,9 +39,10 @@ def int4_tensors(
     dtype: torch.dtype = torch.bfloat16,
     block: str = "mlp",
     with_shape: bool = True,
+    zeros: str = "",
 ) -> tuple[dict[str, Tensor], Stacks]:
     """A pack-quantized checkpoint of the given shapes with random codes and scales (group 0: one a row), and the fp32
-    weights that it stands for."""
+    weights that it stands for. zeros: "words" or "bytes": with zero points in that form."""
     g = torch.Generator().manual_seed(layer)
     tensors, decoded = {}, [torch.zeros(s.shape) for s in stacks]
     codes = int4_codes(stacks, layer)
@@ -54,7 +55,14 @@ def int4_tensors(
         tensors[f"{name}.weight_scale"] = scales
         if with_shape:
             tensors[f"{name}.weight_shape"] = torch.tensor([n, k])
-        decoded[p][e] = codes[p][e] * scales.bfloat16().float().repeat_interleave(size, 1)[:, :k]
+        zero = torch.zeros(scales.shape)
+        if zeros:
+            zero = torch.randint(-8, 8, scales.shape, generator=g)
+            tensors[f"{name}.weight_zero_point"] = (
+                pack_int4(zero.T).T.contiguous() if zeros == "words" else zero.to(torch.int8)
+            )
+        levels = codes[p][e] - zero.repeat_interleave(size, 1)[:, :k]
+        decoded[p][e] = levels * scales.bfloat16().float().repeat_interleave(size, 1)[:, :k]
     return tensors, (decoded[0], decoded[1], decoded[2])
 
 

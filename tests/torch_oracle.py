@@ -22,8 +22,8 @@ from ktmoe.lora import LoraTensors, lora_shapes
 from ktmoe.methods import METHODS
 from ktmoe.wrapper import KTMoEWrapper
 
-INFERENCE = [m.name for m in METHODS.values() if m.implemented and m.mode == "inference"]
-SFT = [m.name for m in METHODS.values() if m.implemented and m.mode == "sft"]
+INFERENCE = [m.name for m in METHODS.values() if m.mode == "inference"]
+SFT = [m.name for m in METHODS.values() if m.mode == "sft"]
 ISAS = _ext.test_isa_levels()
 
 # bf16 keeps 8 bits: half an ulp is 2**-9 of the value. h and the output are rounded: a row errs by less than 2**-7.

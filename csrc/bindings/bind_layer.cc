@@ -86,13 +86,14 @@ RawBlock raw_matrix(const char* name, const std::vector<InArray>& arrays, Weight
   const FormatInfo& info = format_info(format);
   static constexpr RawPart kBf16{1, 2};
   const RawPart* parts = info.published() ? info.parts : &kBf16;
-  const std::size_t expected = info.published() && parts[1].block ? 2 : 1;
+  const std::size_t expected = info.published() ? static_cast<std::size_t>(info.n_parts()) : 1;
   require(arrays.size() == expected, ErrorKind::value, "[load_expert_raw] ", name, ": got ", arrays.size(), " arrays, expected ", expected,
           " for format ", info.name);
   RawBlock raw{};
   for (std::size_t i = 0; i < expected; ++i) {
     TensorArg<InArray> a("load_expert_raw", name, arrays[i]);
-    const Dtype dtype = i == 0 ? (info.published() ? Dtype::uint8 : Dtype::bf16) : parts[i].bytes == 2 ? Dtype::bf16 : Dtype::fp32;
+    const bool bytes = i == 0 ? info.published() : parts[i].bytes == 1;
+    const Dtype dtype = bytes ? Dtype::uint8 : parts[i].bytes == 2 ? Dtype::bf16 : Dtype::fp32;
     const std::size_t row_bytes = raw_row_bytes(parts[i], k), element = dtype == Dtype::fp32 ? 4 : dtype == Dtype::bf16 ? 2 : 1;
     a.dtype({dtype}).shape({n, static_cast<std::int64_t>(row_bytes / element)}).contiguous();
     raw.part[i] = a.data<std::byte>();

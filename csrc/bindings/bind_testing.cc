@@ -56,7 +56,7 @@ void repack(const std::string& format, const std::vector<InArray>& parts, int n,
   const PackedLayout layout = PackedLayout::plain(format_from_name(format), n, k);
   const FormatInfo& info = format_info(layout.format);
   RawBlock raw{};
-  for (std::size_t i = 0; i < parts.size() && i < 2; ++i)
+  for (std::size_t i = 0; i < parts.size() && i < kMostRawParts; ++i)
     raw.part[i] = bytes("parts", parts[i], raw_row_bytes(info.parts[i], k) * static_cast<std::size_t>(n));
   repack_matrix(
       layout, 0, layout.n_panels, [&](int p, int t) { return RawRows{"w", raw, p * kPanelColumns + t * kTileColumns, n}; },

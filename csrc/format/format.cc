@@ -1,6 +1,8 @@
 // The format registry, generated from formats.inc.
 #include "format/format.h"
 
+#include <algorithm>
+
 #include "base/error.h"
 
 namespace ktmoe {
@@ -22,8 +24,7 @@ constexpr FormatInfo info_of(WeightFormat format) {
 template <class T>
 constexpr FormatInfo published_info_of(WeightFormat format) {
   FormatInfo info = info_of<T>(format);
-  info.parts[0] = T::parts[0];
-  info.parts[1] = T::parts[1];
+  std::copy(std::begin(T::parts), std::end(T::parts), info.parts);
   info.block = T::block;
   info.repack = &T::repack;
   return info;

@@ -10,6 +10,7 @@
 #include "format/gguf_k.h"
 #include "format/int4.h"
 #include "format/int4_group.h"
+#include "format/int4_zero.h"
 #include "format/int8.h"
 
 namespace ktmoe {
@@ -30,12 +31,17 @@ struct FormatInfo {
   float (*dequantize)(const std::byte* tile, int column, int k, float scale);
 
   // Published formats only (else null / 0): what a matrix row consists of, and how one block of it gets into a tile.
-  RawPart parts[2];
+  RawPart parts[kMostRawParts];
   int block;  // consecutive k that repack takes at once
   // Block b of `column`, of which `columns` <= block weights exist. False: it holds a number that is not finite.
   bool (*repack)(const RawBlock& src, int column, int b, int columns, std::byte* tile);
 
   bool published() const { return repack != nullptr; }
+  int n_parts() const {
+    int n = 0;
+    while (n < kMostRawParts && parts[n].block) ++n;
+    return n;
+  }
 };
 
 const FormatInfo& format_info(WeightFormat format);

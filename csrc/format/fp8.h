@@ -18,7 +18,7 @@ struct Fp8Format {
   static constexpr bool int8_products = false;
   static constexpr bool has_scales = false;
   static constexpr int scale_rows = 1, bits = 8, block = 128;
-  static constexpr RawPart parts[2] = {{1, 1}, {128, 4}};
+  static constexpr RawPart parts[] = {{1, 1}, {128, 4}};
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     const int code = get_field<8>(tile, 1, column, k);

@@ -21,7 +21,7 @@ struct Gguf4Bit {
   static constexpr bool int8_products = false;
   static constexpr bool has_scales = false;
   static constexpr int scale_rows = 1, bits = 4, block = 32;
-  static constexpr RawPart parts[2] = {{32, 18}, {0, 0}};
+  static constexpr RawPart parts[] = {{32, 18}};
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     const int q = get_field<4>(tile, 1, column, k);
@@ -49,7 +49,7 @@ struct Q8_0Format {
   static constexpr bool int8_products = false;
   static constexpr bool has_scales = false;
   static constexpr int scale_rows = 1, bits = 8, block = 32;
-  static constexpr RawPart parts[2] = {{32, 34}, {0, 0}};
+  static constexpr RawPart parts[] = {{32, 34}};
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     return static_cast<float>(static_cast<std::int8_t>(get_field<8>(tile, 1, column, k))) *

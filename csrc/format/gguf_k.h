@@ -20,7 +20,7 @@ struct GgufK45 {
   static constexpr int rows = high_row + (kBits == 5 ? 8 : 0);
   static constexpr bool int8_products = false;
   static constexpr bool has_scales = false;
-  static constexpr RawPart parts[2] = {{256, kBits == 4 ? 144 : 176}, {0, 0}};
+  static constexpr RawPart parts[] = {{256, kBits == 4 ? 144 : 176}};
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     const int g = k / 32;
@@ -69,7 +69,7 @@ struct Q6KFormat {
   static constexpr int rows = high_row + 16;
   static constexpr bool int8_products = false;
   static constexpr bool has_scales = false;
-  static constexpr RawPart parts[2] = {{256, 210}, {0, 0}};
+  static constexpr RawPart parts[] = {{256, 210}};
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     const int g = k / 16;

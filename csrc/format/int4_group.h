@@ -17,7 +17,7 @@ struct Int4Group {
   static constexpr bool int8_products = false;
   static constexpr bool has_scales = false;
   static constexpr int scale_rows = 1, bits = 4, block = G;
-  static constexpr RawPart parts[2] = {{G, G / 2}, {G, 2}};
+  static constexpr RawPart parts[] = {{G, G / 2}, {G, 2}};
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     return static_cast<float>(get_field<4>(tile, 1, column, k) - 8) * to_float(load_as<bf16>(half_at(tile, 0, k / G, column)));

@@ -71,10 +71,11 @@ struct RawPart {
   int block;
   int bytes;
 };
+inline constexpr int kMostRawParts = 3;
 
 // Where one block of a published row lies: a pointer into each part.
 struct RawBlock {
-  const std::byte* part[2];
+  const std::byte* part[kMostRawParts];
 };
 
 }  // namespace ktmoe

@@ -50,11 +50,17 @@ struct BlockWeights {
       }
     } else if constexpr (std::is_same_v<Fmt, Fp8Format>) {
       s.scale[0] = s.scale[1] = V::load(reinterpret_cast<const float*>(tile));
-    } else {  // two blocks a tile, a half-width scale each
+    } else {  // a half-width scale for each block
       const std::byte* at = half_at(tile, 0, 32 * span / Fmt::block, 0);
-      constexpr bool kBf16 = Fmt::parts[1].bytes == 2;
+      constexpr bool kBf16 = std::size(Fmt::parts) > 1;
       s.scale[0] = s.scale[1] = kBf16 ? V::load_bf16(reinterpret_cast<const bf16*>(at)) : V::load_f16(at);
-      if constexpr (Fmt::bits == 4) s.shift = V::mul(s.scale[0], V::set(8.0f));
+      if constexpr (requires { Fmt::zero_row; }) {
+        const int group = 32 * span / Fmt::block;
+        const I row = V::load_i(tile_word(tile, Fmt::zero_row, 0)), pair = group & 2 ? V::template shr<16>(row) : row;
+        s.shift = V::mul(s.scale[0], group & 1 ? byte_of<1>(pair) : byte_of<0>(pair));
+      } else if constexpr (Fmt::bits == 4) {
+        s.shift = V::mul(s.scale[0], V::set(8.0f));
+      }
     }
     return s;
   }

@@ -31,14 +31,15 @@ void repack_matrix(const PackedLayout& layout, int p0, int p1, RowsOf rows_of, s
         for (int row = rows.first; row < rows.n && row < rows.first + kTileColumns; ++row)
           for (int k = s * info.k_step; k < (s + 1) * info.k_step && k < layout.k; k += info.block) {
             RawBlock block{};
-            for (int i = 0; i < 2 && info.parts[i].block; ++i) {
+            for (int i = 0; i < info.n_parts(); ++i) {
               const RawPart& part = info.parts[i];
               block.part[i] = rows.matrix.part[i] + raw_row_bytes(part, layout.k) * static_cast<std::size_t>(row) +
                               static_cast<std::ptrdiff_t>(k / part.block) * part.bytes;
             }
             const int columns = layout.k - k < info.block ? layout.k - k : info.block;
             require(info.repack(block, row - rows.first, k % info.k_step / info.block, columns, tile), ErrorKind::value,
-                    "[load_expert_raw] ", rows.name, ": row ", row, ", columns from ", k, ": got a number that is not finite");
+                    "[load_expert_raw] ", rows.name, ": row ", row, ", columns from ", k,
+                    ": got a number that is not finite or out of range");
           }
       }
     }

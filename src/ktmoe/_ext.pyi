@@ -144,10 +144,12 @@ class MoeLayer:
 
         int4_g32, _g64, _g128  uint8 [n, kp / 2] (low nibble = even k, value = (nibble - 8) * scale), bf16 [n, kp / g];
                                kp = k rounded up to the group g
+        int4_g32z, _g64z, _g128z    the same with value = (nibble - zero) * scale, and uint8 zeros 0..15 [n, kp / g]
         fp8                    uint8 [n, k] (e4m3fn), fp32 scales [n, ceil(k / 128)]
         q4_0, q8_0, iq4_nl, q4_k, q5_k, q6_k    uint8 [n, bytes of a row], as GGUF stores rows (k rounded up)
         bf16                   bf16 [n, k]
-        A scale or code that is not finite is a ValueError naming matrix and row; the expert is then not loaded."""
+        A scale or code that is not finite, or a zero point above 15, is a ValueError naming matrix and row; the expert
+        is then not loaded."""
     @property
     def loaded(self) -> bool:
         """True when every CPU expert has been loaded."""

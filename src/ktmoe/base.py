@@ -95,7 +95,7 @@ class BaseMoEWrapper(PackedWeights):
     def _own_formats(self) -> tuple[str, str]:
         """Formats, as in `io.published`, in which bf16 weights are handed to the engine: gate/up and down."""
         if self._row.published == "int4":
-            return (f"int4_g{self.config.group_size}",) * 2
+            return (f"int4_g{self.config.group_size}{'z' if self.config.zero_point else ''}",) * 2
         if self._row.published == "gguf":
             return (self.config.gguf_type.lower(),) * 2
         return ("fp8", "fp8") if self._row.published == "fp8" else ("bf16", "bf16")
@@ -112,7 +112,7 @@ class BaseMoEWrapper(PackedWeights):
         if self._row.published and source.kind != "bf16":
             raise WeightFileError(
                 f"{self.weight_path}, layer {self.layer_idx}: holds {source.kind} experts, which method {self.method} "
-                f"does not read; method {method_for(source.kind)} does"
+                f"does not read; method {method_for(source.kind, self.mode)} does"
             )
         return self._own_formats()
 
@@ -124,7 +124,6 @@ class BaseMoEWrapper(PackedWeights):
 
     def _new_layer(self, formats: tuple[str, str]) -> _ext.MoeLayer:
         """An empty engine layer for weights that are handed over in these formats."""
-        assert self._row.format is not None  # methods.resolve refused the others
         return self._engine_layer(*(formats if self._row.published else (self._row.format, self._row.format)))
 
     def _engine_layer(self, gate_up_format: str, down_format: str) -> _ext.MoeLayer:

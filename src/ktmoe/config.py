@@ -80,6 +80,7 @@ class MoEConfig:
     swiglu_limit: float = 0.0
     swiglu_alpha: float = 0.0
     group_size: int = 32
+    zero_point: bool = False
     gguf_type: str = "Q4_K"
     activation: str = "silu"
 
@@ -117,6 +118,9 @@ class MoEConfig:
             put("weight_path", os.fspath(self.weight_path))
         except TypeError:
             raise TypeError(f"weight_path: got {self.weight_path!r}, expected the path of a folder") from None
+        for name in ("cpu_save", "zero_point"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a bool")
         self._check_activation(put)
         self._check_unbuilt()
 
@@ -155,8 +159,6 @@ class MoEConfig:
 
     def _check_unbuilt(self) -> None:
         """Accepted by the signature for the sake of its clients, but no code behind it yet."""
-        if not isinstance(self.cpu_save, bool):
-            raise TypeError(f"cpu_save: got {self.cpu_save!r}, expected a bool")
         if self.max_deferred_experts_per_token is not None:
             deferred = _integer("max_deferred_experts_per_token", self.max_deferred_experts_per_token, 0)
             if deferred:

@@ -1,6 +1,6 @@
 """The table of public methods: one line per method string.
 
-Tests, benchmarks and `ktmoe doctor` iterate this table, so what is listed as implemented is thereby tested.
+Tests, benchmarks and `ktmoe doctor` iterate this table, so what is listed is thereby tested.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ class Method:
     """"inference" or "sft"."""
     backend: str
     """Name of the wrapper class that serves it."""
-    format: str | None
-    """Packed weight format of the engine; None where the engine has none for it yet. See also `published`."""
-    implemented: bool = True
+    format: str
+    """Packed weight format of the engine; see also `published`."""
     amx: bool = True
     """False: runs on the best level of the host that is not AMX."""
     published: str = ""
@@ -43,34 +42,32 @@ _ROWS = (
     Method("AMXBF16_SFT", "sft", "AMXSFTMoEWrapper", "bf16"),
     Method("AMXINT8_SFT", "sft", "AMXSFTMoEWrapper", "int8"),
     Method("AMXINT4_SFT", "sft", "AMXSFTMoEWrapper", "int4"),
-    Method("AMXINT4_KGroup_SFT", "sft", "AMXSFTMoEWrapper", None, implemented=False),
+    Method("AMXINT4_KGroup_SFT", "sft", "AMXSFTMoEWrapper", "int4_g32", published="int4"),
+    Method("FP8_SFT", "sft", "AMXSFTMoEWrapper", "fp8", published="fp8"),
+    Method("LLAMAFILE_SFT", "sft", "AMXSFTMoEWrapper", "q4_k", published="gguf"),
 )
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 
 
-def methods_of(mode: str, *, implemented_only: bool = False) -> list[Method]:
+def methods_of(mode: str) -> list[Method]:
     """The rows of one mode, in table order."""
-    return [m for m in _ROWS if m.mode == mode and (m.implemented or not implemented_only)]
+    return [m for m in _ROWS if m.mode == mode]
 
 
-def method_for(kind: str) -> str:
-    """The method that computes with files of this kind as they are, for messages."""
-    return next((m.name for m in _ROWS if m.published == kind), "BF16")
+def method_for(kind: str, mode: str) -> str:
+    """The method that computes with files of this kind ("bf16" too) as they are, for messages."""
+    return next(m.name for m in methods_of(mode) if m.published == kind or m.format == kind == "bf16")
 
 
 def resolve(method: str, mode: str) -> Method:
     """The row of `method`, checked against `mode`.
 
-    ValueError for an unknown mode, then for a method that the mode does not have; NotImplementedError for a method
-    that is known but not built yet.
+    ValueError for an unknown mode, then for a method that the mode does not have.
     """
     if mode not in MODES:
         raise unknown_mode(mode)
     row = METHODS.get(method) if isinstance(method, str) else None
     if row is None or row.mode != mode:
         raise method_not_supported(method, mode, [m.name for m in methods_of(mode)])
-    if not row.implemented or row.format is None:
-        ready = ", ".join(m.name for m in methods_of(mode, implemented_only=True))
-        raise NotImplementedError(f"Method {method} is not implemented yet. Implemented in {mode} mode: {ready}")
     return row

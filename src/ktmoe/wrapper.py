@@ -42,8 +42,9 @@ class KTMoEWrapper(BaseMoEWrapper):
     lora_rank (1..4096, tuned for up to 256), lora_alpha, max_cache_depth: only with mode="sft". The LoRA term is scaled
         by lora_alpha / lora_rank; max_cache_depth forwards may wait for their backward.
     gpu_experts_mask: bool [num_experts], which experts are on the GPU; wins over num_gpu_experts.
-    group_size: 32, 64 or 128, weights to a scale where RAWINT4 quantises bf16 tensors; files bring their own.
-    gguf_type: "Q4_K", "Q8_0" or "Q4_0", what LLAMAFILE makes of bf16 tensors.
+    group_size, zero_point: how RAWINT4 and AMXINT4_KGroup_SFT quantise bf16 tensors: 32, 64 or 128 weights to a scale,
+        and whether such a group also gets a zero point (asymmetric). Files bring their own.
+    gguf_type: "Q4_K", "Q8_0" or "Q4_0", what LLAMAFILE and LLAMAFILE_SFT make of bf16 tensors.
     numa_nodes: the NUMA node of each sub-pool.
     activation: what an expert does with g = gate(x) and u = up(x) before its down projection.
         "silu": h = g * sigmoid(g) * u. swiglu_limit > 0 clamps first: g <= limit, -limit <= u <= limit.
@@ -82,6 +83,7 @@ class KTMoEWrapper(BaseMoEWrapper):
         swiglu_limit: float = 0.0,
         swiglu_alpha: float = 0.0,
         group_size: int = 32,
+        zero_point: bool = False,
         gguf_type: str = "Q4_K",
         activation: str = "silu",
     ) -> BaseMoEWrapper:
@@ -104,6 +106,7 @@ class KTMoEWrapper(BaseMoEWrapper):
             swiglu_limit=swiglu_limit,
             swiglu_alpha=swiglu_alpha,
             group_size=group_size,
+            zero_point=zero_point,
             gguf_type=gguf_type,
             activation=activation,
         )

@@ -33,11 +33,8 @@ def test_report_on_this_machine() -> None:
     assert "Ready." in result.output
     rows = {row.check: row for row in checks.run_checks()}
     for method in METHODS.values():
-        if method.implemented:
-            assert f"forward/{method.format}/" in rows[f"method {method.name}"].found
-            assert ("backward" in rows[f"method {method.name}"].found) == (method.mode == "sft")
-        else:
-            assert method.name in rows["methods to come"].found
+        assert f"forward/{method.format}/" in rows[f"method {method.name}"].found
+        assert ("backward" in rows[f"method {method.name}"].found) == (method.mode == "sft")
     assert {"cpu", "amx permission", "isa in use", "cores", "memory", "torch", "peft"} <= rows.keys()
 
 

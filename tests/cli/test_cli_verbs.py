@@ -77,10 +77,6 @@ def test_user_errors_have_no_traceback(
     assert f"Error: there is no model folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
     assert run_main(monkeypatch, "generate", "--model", chat_model, "--prompt", "x", "--adapter", tmp_path) == 1
     assert "is not a PEFT adapter" in capsys.readouterr().err
-    assert (
-        run_main(monkeypatch, "generate", "--model", chat_model, "--prompt", "x", "--method", "AMXINT4_KGroup_SFT") == 1
-    )
-    assert "AMXINT4_KGroup_SFT is not implemented yet" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_exit_code_2(

@@ -66,6 +66,13 @@ def test_a_scale_that_is_not_finite_is_refused(fmt: str) -> None:
             repacked(fmt, parts, n, k)
 
 
+def test_a_zero_point_above_15_is_refused() -> None:
+    parts = PUBLISHED["int4_g64z"].random(np.random.default_rng(1), 20, 300, 1.0)
+    parts[2][7, 4] = 16
+    with pytest.raises(ValueError, match="row 7, columns from 256: got a number that is not finite or out of range"):
+        repacked("int4_g64z", parts, 20, 300)
+
+
 def test_a_nan_code_of_fp8_is_refused() -> None:
     parts = PUBLISHED["fp8"].random(np.random.default_rng(1), 20, 300, 1.0)
     parts[0][3, 299] = 0xFF
@@ -87,7 +94,7 @@ def test_wrong_parts_are_refused_before_any_work(fmt: str) -> None:
     engine, good = layer(fmt), expert_parts(fmt)
     engine.load_expert_raw(0, *good)
     for bad, error, text in (
-        ([good[0][:0], *good[1:]], ValueError, r"gate: got 0 arrays, expected [12] for format"),
+        ([good[0][:0], *good[1:]], ValueError, r"gate: got 0 arrays, expected [123] for format"),
         ([good[0], [good[1][0][:-1], *good[1][1:]], good[2]], ValueError, r"\[load_expert_raw\] up"),
         ([*good[:2], good[0]], ValueError, r"\[load_expert_raw\] down"),
         ([[good[0][0].astype(np.float32), *good[0][1:]], *good[1:]], TypeError, r"\[load_expert_raw\] gate"),

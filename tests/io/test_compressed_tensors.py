@@ -60,24 +60,34 @@ def test_the_bytes_are_those_of_the_file(tmp_path) -> None:
     assert torch.equal(gate.parts[1], tensors[f"{STEM}.1.gate_proj.weight_scale"])
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, 128])
-def test_against_the_package(tmp_path, group) -> None:
+def test_against_the_package(tmp_path, group, symmetric) -> None:
     """The package quantises and packs; its own decompression says what the weights are."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     from compressed_tensors.compressors import BaseCompressor
 
-    args = quantization.QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=group, symmetric=True)
+    args = quantization.QuantizationArgs(
+        num_bits=4, type="int", strategy="group", group_size=group, symmetric=symmetric
+    )
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args)
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     g = torch.Generator().manual_seed(0)
     tensors, decoded = {}, {}
     for name, matrix, expert, projection in files.matrices(STACKS, LAYER):
         weight = torch.randn(matrix.shape, generator=g).bfloat16()
-        scale = weight.view(weight.shape[0], -1, group).abs().amax(2) / 7
-        packed = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+        groups = weight.view(weight.shape[0], -1, group)
+        if symmetric:
+            state = {"weight": weight, "weight_scale": groups.abs().amax(2) / 7}
+        else:
+            scale = (groups.amax(2) - groups.amin(2)) / 15
+            zero = (-8 - groups.amin(2) / scale).round().clamp(-8, 7).to(torch.int8)
+            state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+        packed = compressor.compress(state, scheme)
         tensors |= {f"{name}.{key}": value for key, value in packed.items()}
         decoded[expert, projection] = compressor.decompress(dict(packed), scheme)["weight"]
-    assert {name.rsplit(".")[-1] for name in tensors} == {"weight_packed", "weight_scale", "weight_shape"}
+    suffixes = {"packed", "scale", "shape"} | (set() if symmetric else {"zero_point"})
+    assert {name.rsplit(".weight_")[-1] for name in tensors} == suffixes
     with source(checkpoint(tmp_path, tensors)) as opened:
         for expert in range(EXPERTS):
             for projection, matrix in zip(files.PROJECTIONS, opened.read(expert), strict=True):
@@ -117,6 +127,20 @@ def test_ragged_rows(tmp_path, group, inter) -> None:
             assert (dequantize(whole)[:, k:] == 0).all()
 
 
+@pytest.mark.parametrize("form", ["words", "bytes", "one a row"])
+@pytest.mark.parametrize("inter", [128, 41])
+def test_zero_points(tmp_path, inter, form) -> None:
+    tensors, decoded = files.int4_tensors(
+        ragged(72, inter), LAYER, 0 if form == "one a row" else 32, zeros="bytes" if form == "bytes" else "words"
+    )
+    with source(checkpoint(tmp_path, tensors), 72, inter) as opened:
+        assert all(f.startswith("int4_g") and f.endswith("z") for f in opened.formats)
+        for matrix, stack in zip(opened.read(1), decoded, strict=True):
+            assert torch.equal(dequantize(matrix), stack[1])
+            whole = type(matrix)(matrix.format, matrix.parts, (matrix.shape[0], matrix.parts[0].shape[1] * 2))
+            assert (dequantize(whole)[:, matrix.shape[1] :] == 0).all()
+
+
 def test_packed_as_bytes_and_without_shape(tmp_path) -> None:
     tensors, decoded = files.int4_tensors(STACKS, LAYER, 32, with_shape=False)
     tensors = {k: v.view(torch.uint8) if k.endswith("packed") else v for k, v in tensors.items()}
@@ -132,13 +156,21 @@ def put(name, tensor):
     return lambda t: t.update({f"{STEM}.{name}": tensor})
 
 
+def put_zeros(of_expert_1):
+    """Good zero points everywhere but in the gate of expert 1."""
+
+    def edit(tensors):
+        for name in [n for n in tensors if n.endswith("weight_scale")]:
+            n, columns = tensors[name].shape
+            tensors[name.replace("scale", "zero_point")] = torch.zeros(n // 8, columns, dtype=torch.int32)
+        tensors[f"{STEM}.1.gate_proj.weight_zero_point"] = of_expert_1
+
+    return edit
+
+
 BAD = {
     "no scale of the first": (drop("0.gate_proj.weight_scale"), "0.gate_proj.weight_packed': there is no weight_scale"),
     "no packed": (drop("1.up_proj.weight_packed"), "layer 3: expert 1 has no up weight"),
-    "zero points": (
-        put("0.gate_proj.weight_zero_point", torch.zeros(1, dtype=torch.int32)),
-        "0.gate_proj.weight_zero_point': asymmetric weights are not supported",
-    ),
     "order": (
         put("0.gate_proj.weight_g_idx", torch.zeros(HIDDEN, dtype=torch.int32)),
         "0.gate_proj.weight_g_idx': an activation order",
@@ -157,6 +189,18 @@ BAD = {
     ),
 }
 BAD_LATER = {
+    "zero points of one matrix": (
+        put("0.gate_proj.weight_zero_point", torch.zeros(INTER // 8, HIDDEN // 32, dtype=torch.int32)),
+        "1.gate_proj.weight_packed': there is no weight_zero_point beside it",
+    ),
+    "zero points of another shape": (
+        put_zeros(torch.zeros(INTER, HIDDEN // 32, dtype=torch.int32)),
+        r"1.gate_proj.weight_zero_point': got shape \[128, 8\], expected \[16, 8\]",
+    ),
+    "zero points out of range": (
+        put_zeros(torch.full((INTER, HIDDEN // 32), 8, dtype=torch.int8)),
+        r"1.gate_proj.weight_zero_point': got a value outside -8..7",
+    ),
     "no scale": (drop("2.up_proj.weight_scale"), "2.up_proj.weight_packed': there is no weight_scale beside it"),
     "one expert in other groups": (
         put("1.gate_proj.weight_scale", torch.ones(INTER, HIDDEN // 64)),
@@ -193,7 +237,8 @@ def test_bad_checkpoints(tmp_path, case) -> None:
             source(folder)
     else:
         with source(folder) as opened:
-            opened.read(0)
+            if "of one matrix" not in case:
+                opened.read(0)
             with pytest.raises(WeightFileError, match=text):
                 opened.read(1), opened.read(2)
     assert len(os.listdir("/proc/self/fd")) == fds

@@ -6,11 +6,20 @@ import pytest
 import torch
 from oracle import bf16
 
-from ktmoe.io.published import PublishedMatrix, convert, dequantize, pack_nibbles, plain, quantize, unpack_nibbles
+from ktmoe.io.published import (
+    INT4_GROUPS,
+    PublishedMatrix,
+    convert,
+    dequantize,
+    pack_nibbles,
+    plain,
+    quantize,
+    unpack_nibbles,
+)
 from ktmoe.io.q4_k import quantize_q4_k
 
-FORMATS = ["bf16", "int4_g32", "int4_g64", "int4_g128", "fp8", "q8_0", "q4_0", "q4_k"]
-BLOCK = {"int4_g32": 32, "int4_g64": 64, "int4_g128": 128, "q8_0": 32, "q4_0": 32, "q4_k": 256}
+FORMATS = ["bf16", *INT4_GROUPS, "fp8", "q8_0", "q4_0", "q4_k"]
+BLOCK = {**INT4_GROUPS, "q8_0": 32, "q4_0": 32, "q4_k": 256}
 SHAPES = [(1, 1), (3, 32), (5, 72), (130, 257), (16, 512), (128, 128)]
 
 
@@ -54,6 +63,35 @@ def test_int4_bit_for_bit(group, shape, kind) -> None:
     assert matrix.shape == shape
     assert np.array_equal(matrix.parts[0].numpy(), codes)
     assert np.array_equal(bf16.bits_of(matrix.parts[1]), scales)
+
+
+def int4_zero_reference(w, group):
+    """Bytes, bf16 bits of the scales, zero points."""
+    groups = padded(w, group).reshape(w.shape[0], -1, group)
+    low, high = np.minimum(groups.min(2), 0), np.maximum(groups.max(2), 0)
+    bits = bf16.narrow((high - low) / np.float32(15))
+    scale = np.where(bf16.widen(bits) == 0, np.float32(1), bf16.widen(bits))
+    zeros = np.clip(np.rint(-low / scale), 0, 15)
+    codes = np.clip(np.rint(groups / scale[..., None]) + zeros[..., None], 0, 15).astype(int).reshape(w.shape[0], -1)
+    return (codes[:, ::2] + 16 * codes[:, 1::2]).astype(np.uint8), bits, zeros.astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "wild"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int4_with_zero_points_bit_for_bit(group, shape, kind) -> None:
+    tensor, w = weights(*shape, kind)
+    codes, scales, zeros = quantize(tensor, f"int4_g{group}z").parts
+    want = int4_zero_reference(w, group)
+    assert np.array_equal(codes.numpy(), want[0])
+    assert np.array_equal(bf16.bits_of(scales), want[1])
+    assert np.array_equal(zeros.numpy(), want[2])
+
+
+def test_zero_points_pay_where_weights_lie_on_one_side() -> None:
+    w = weights(16, 512)[0].float().abs().bfloat16()
+    error = {f: float((dequantize(quantize(w, f)) - w.float()).norm()) for f in ("int4_g32", "int4_g32z")}
+    assert error["int4_g32z"] < 0.6 * error["int4_g32"]  # steps: largest / 15 and largest / 7
 
 
 def test_int4_layout_and_way_back() -> None:
@@ -204,6 +242,9 @@ ERROR = {
     "int4_g32": 0.1,
     "int4_g64": 0.111,
     "int4_g128": 0.121,
+    "int4_g32z": 0.09,  # the range of 32 is about 4.1, in 15 steps
+    "int4_g64z": 0.1,
+    "int4_g128z": 0.11,
     "fp8": 0.03,
     "q8_0": 0.006,
     "q4_0": 0.09,

@@ -79,6 +79,7 @@ std::vector<std::byte> raw_part(WeightFormat format, const RawPart& part, int wh
   if (k_quant) halves = format == WeightFormat::q6_k ? std::vector<std::size_t>{208} : std::vector<std::size_t>{0, 2};
   if (part.block == 32 && which == 0 && part.bytes > 16) halves = {0};
   for (std::size_t at = 0; at < bytes.size(); at += static_cast<std::size_t>(part.bytes)) {
+    if (which == 2) bytes[at] &= std::byte{15};  // zero points
     for (std::size_t half : halves) bytes[at + half + 1] = std::byte{static_cast<unsigned char>(k_quant ? 0x10 : 0x20)};
     if (which == 1 && part.bytes == 2) bytes[at + 1] = std::byte{0x3d};
     const float scale = 0.003f;
@@ -96,9 +97,9 @@ Results run(const KernelTable& k, WeightFormat format, int m, int n, int kk) {
 
   AlignedBuffer packed(layout.bytes);
   if (info.published()) {
-    std::vector<std::byte> parts[2];
+    std::vector<std::byte> parts[kMostRawParts];
     RawBlock raw{};
-    for (int i = 0; i < 2 && info.parts[i].block; ++i) {
+    for (int i = 0; i < info.n_parts(); ++i) {
       parts[i] = raw_part(format, info.parts[i], i, n, kk);
       raw.part[i] = parts[i].data();
     }

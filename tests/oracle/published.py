@@ -44,17 +44,21 @@ def _gguf(name: str, block: int, n_bytes: int, scales: list[int], levels: float)
     )
 
 
-def _int4_group(group: int) -> Published:
+def _int4_group(group: int, with_zero: bool) -> Published:
     def random(rng: np.random.Generator, n: int, k: int, deviation: float) -> Parts:
-        padded = _up(k, group)
-        scale = bf16.narrow(deviation / 4.6 * rng.uniform(0.5, 1.5, (n, padded // group)).astype(np.float32))
-        return [rng.integers(0, 256, (n, padded // 2), dtype=np.uint8), scale]
+        shape = n, _up(k, group) // group
+        scale = bf16.narrow(deviation / 4.6 * rng.uniform(0.5, 1.5, shape).astype(np.float32))
+        zeros = [rng.integers(5, 12, shape, dtype=np.uint8)] if with_zero else []
+        for zero in zeros:
+            zero.flat[:2] = [0, 15][: zero.size]
+        return [rng.integers(0, 256, (n, shape[1] * group // 2), dtype=np.uint8), scale, *zeros]
 
     def dequantize(parts: Parts, k: int) -> np.ndarray:
-        q = np.stack([parts[0] & 15, parts[0] >> 4], -1).reshape(len(parts[0]), -1).astype(np.float32) - 8
-        return (q * np.repeat(bf16.widen(parts[1]), group, axis=1))[:, :k]
+        q = np.stack([parts[0] & 15, parts[0] >> 4], -1).reshape(len(parts[0]), -1).astype(np.float32)
+        zero = np.repeat(parts[2], group, axis=1).astype(np.float32) if with_zero else 8
+        return ((q - zero) * np.repeat(bf16.widen(parts[1]), group, axis=1))[:, :k]
 
-    return Published(f"int4_g{group}", group, random, dequantize, (1, 0, 2))
+    return Published(f"int4_g{group}{'z' * with_zero}", group, random, dequantize, (1, 0, 2))
 
 
 def _fp8() -> Published:
@@ -74,7 +78,7 @@ def _fp8() -> Published:
 PUBLISHED = {
     p.name: p
     for p in (
-        *(_int4_group(g) for g in (32, 64, 128)),
+        *(_int4_group(g, with_zero) for with_zero in (False, True) for g in (32, 64, 128)),
         _fp8(),
         _gguf("q4_0", 32, 18, [0], 4.6),
         _gguf("iq4_nl", 32, 18, [0], 68.0),

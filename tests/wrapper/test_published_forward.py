@@ -49,7 +49,8 @@ def check(shape, wrapper, weights, n_tokens=(1, 5, 40)) -> None:
         assert ((got - want).abs() <= 2.0**-20 * want.abs().max()).all()  # packed without loss, up to fp32 products
     for n in n_tokens:
         inputs = ref.batch(shape, n)
-        assert ref.row_error(wrapper.forward(*inputs), expected(shape, weights, *inputs)) <= TOLERANCE
+        keep = {} if wrapper.mode == "inference" else {"save_for_backward": False}
+        assert ref.row_error(wrapper.forward(*inputs, **keep), expected(shape, weights, *inputs)) <= TOLERANCE
 
 
 GGUF_SHAPE = ref.Shape(experts=3, top_k=2, hidden=256, inter=512)
@@ -64,7 +65,8 @@ def gguf_checkpoint(folder, types, shape, tensors=gguf_files.layer_tensors, per_
 @pytest.mark.parametrize("kind", gguf_files.TYPES)
 def test_every_gguf_type(tmp_path, kind) -> None:
     path = gguf_checkpoint(tmp_path, (kind,) * 3, GGUF_SHAPE)
-    check(GGUF_SHAPE, load(GGUF_SHAPE, "LLAMAFILE", path), file_weights(GGUF_SHAPE, path))
+    for method in ("LLAMAFILE", "LLAMAFILE_SFT"):
+        check(GGUF_SHAPE, load(GGUF_SHAPE, method, path), file_weights(GGUF_SHAPE, path))
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "IQ4_NL", "Q5_1", "F16", "BF16", "F32"])
@@ -107,10 +109,14 @@ INT4_SHAPES = [ref.Shape(experts=3, hidden=256, inter=128), ref.Shape(experts=3,
 
 @pytest.mark.parametrize("shape", INT4_SHAPES, ids=lambda s: f"{s.hidden}x{s.inter}")
 @pytest.mark.parametrize("group", [32, 64, 128, 0])
-def test_rawint4(tmp_path, group, shape) -> None:
-    tensors, weights = published_files.int4_tensors(zeros(shape), LAYER, group)
-    wrapper = load(shape, "RAWINT4", save_sharded(tmp_path, tensors))
-    check(shape, wrapper, tuple(w.double() for w in weights))
+@pytest.mark.parametrize("zero", ["", "words", "bytes"])
+def test_int4_groups(tmp_path, zero, group, shape) -> None:
+    tensors, weights = published_files.int4_tensors(zeros(shape), LAYER, group, zeros=zero)
+    path = save_sharded(tmp_path, tensors)
+    for method in ("RAWINT4", "AMXINT4_KGroup_SFT"):
+        wrapper = load(shape, method, path)
+        assert wrapper.layer.format == f"int4_g{group or 128}{'z' if zero else ''}"
+        check(shape, wrapper, tuple(w.double() for w in weights))
 
 
 FP8_SHAPES = [
@@ -127,8 +133,9 @@ def test_fp8(tmp_path, form, shape) -> None:
         tensors, weights = published_files.fp8_fused_tensors(zeros(shape), LAYER)
     else:
         tensors, weights = published_files.fp8_tensors(zeros(shape), LAYER, form)
-    wrapper = load(shape, "FP8", save_sharded(tmp_path, tensors))
-    check(shape, wrapper, tuple(w.double() for w in weights))
+    path = save_sharded(tmp_path, tensors)
+    for method in ("FP8", "FP8_SFT"):
+        check(shape, load(shape, method, path), tuple(w.double() for w in weights))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +144,9 @@ def test_fp8(tmp_path, form, shape) -> None:
         ("RAWINT4", {"group_size": 32}),
         ("RAWINT4", {"group_size": 64}),
         ("RAWINT4", {"group_size": 128}),
+        ("RAWINT4", {"group_size": 32, "zero_point": True}),
+        ("AMXINT4_KGroup_SFT", {"group_size": 64, "zero_point": True}),
+        ("AMXINT4_KGroup_SFT", {"group_size": 128, "zero_point": True}),
         ("FP8", {}),
         ("LLAMAFILE", {"gguf_type": "Q4_K"}),
         ("LLAMAFILE", {"gguf_type": "Q8_0"}),

@@ -66,8 +66,13 @@ RULES = [
     ("RAWINT4", {}, "int4_g32"),
     ("RAWINT4", {"group_size": 64}, "int4_g64"),
     ("RAWINT4", {"group_size": 128}, "int4_g128"),
+    ("RAWINT4", {"group_size": 64, "zero_point": True}, "int4_g64z"),
+    ("AMXINT4_KGroup_SFT", {"group_size": 128}, "int4_g128"),
+    ("AMXINT4_KGroup_SFT", {"zero_point": True}, "int4_g32z"),
     ("FP8", {}, "fp8"),
+    ("FP8_SFT", {}, "fp8"),
     ("LLAMAFILE", {}, "q4_k"),
+    ("LLAMAFILE_SFT", {"gguf_type": "Q8_0"}, "q8_0"),
     ("LLAMAFILE", {"gguf_type": "Q8_0"}, "q8_0"),
     ("LLAMAFILE", {"gguf_type": "Q4_0"}, "q4_0"),
 ]
@@ -178,6 +183,7 @@ def test_the_other_methods_read_them_as_bf16(tmp_path, kind, method) -> None:
         ("RAWINT4", "fp8", "holds fp8 experts, which method RAWINT4 does not read; method FP8 does"),
         ("FP8", "int4", "holds int4 experts, which method FP8 does not read; method RAWINT4 does"),
         ("LLAMAFILE", "fp8", "holds fp8 experts, which method LLAMAFILE does not read; method FP8 does"),
+        ("AMXINT4_KGroup_SFT", "fp8", "AMXINT4_KGroup_SFT does not read; method FP8_SFT does"),
         ("FP8", "gguf", "holds gguf experts, which method FP8 does not read; method LLAMAFILE does"),
     ],
 )

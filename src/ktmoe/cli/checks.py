@@ -104,7 +104,7 @@ def _active_isa(ext: Any) -> Row:
 
 
 def _methods() -> Iterator[Row]:
-    """Which kernels each method runs here; methods to come are one row."""
+    """Which kernels each method runs here."""
     from ktmoe.methods import METHODS
 
     try:
@@ -114,14 +114,10 @@ def _methods() -> Iterator[Row]:
         return  # `_engine` has said so
     without_amx = active if "amx" not in active else next(level for level in levels if "amx" not in level)
     for method in METHODS.values():
-        if method.implemented:
-            isa = active if method.amx else without_amx
-            ops = ("decode", "forward", "backward") if method.mode == "sft" else ("decode", "forward")
-            kernels = ", ".join(ext.kernel_name(op, method.format, isa) for op in ops)
-            yield Row(f"method {method.name}", kernels, OK)
-    later = [method.name for method in METHODS.values() if not method.implemented]
-    if later:
-        yield Row("methods to come", ", ".join(later), INFO)
+        isa = active if method.amx else without_amx
+        ops = ("decode", "forward", "backward") if method.mode == "sft" else ("decode", "forward")
+        kernels = ", ".join(ext.kernel_name(op, method.format, isa) for op in ops)
+        yield Row(f"method {method.name}", kernels, OK)
 
 
 def _cores() -> Iterator[Row]:

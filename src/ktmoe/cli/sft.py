@@ -68,7 +68,7 @@ def _check(method: str, eval_data: Path | None, eval_fraction: float) -> None:
 
     if eval_data is not None and eval_fraction:
         raise typer.BadParameter("give --eval-data or --eval-fraction, not both")
-    trainable = [row.name for row in methods_of("sft", implemented_only=True)]
+    trainable = [row.name for row in methods_of("sft")]
     if method not in METHODS:
         raise typer.BadParameter(f"unknown method {method!r}; methods that train: {', '.join(trainable)}")
     if METHODS[method].mode != "sft":

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ktmoe.methods import METHODS, methods_of, resolve
+from ktmoe.methods import METHODS, methods_of
 
 QUANT_METHOD = "ktmoe"
 DEFAULT_METHOD = "AMXBF16_SFT"
@@ -65,15 +65,14 @@ class KTMoEConfig(QuantizationConfigMixin):
 
 
 def check_method(method: str) -> None:
-    """Raises ValueError for an unknown method name, NotImplementedError for one whose kernels do not exist yet."""
+    """Raises ValueError for an unknown method name."""
     if method not in METHODS:
-        known = ", ".join(row.name for row in METHODS.values() if row.implemented)
+        known = ", ".join(METHODS)
         raise ValueError(f"Unknown method: {method!r}. Methods that work: {known}")
-    resolve(method, METHODS[method].mode)
 
 
 def trainable_twin(method: str) -> str:
     """The training method that holds its weights as this one does, else the first one."""
-    candidates = methods_of("sft", implemented_only=True)
+    candidates = methods_of("sft")
     same = [row.name for row in candidates if row.format == METHODS[method].format]
     return (same or [candidates[0].name])[0]

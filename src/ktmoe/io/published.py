@@ -3,6 +3,7 @@
     format              parts of a matrix [n, k]
     bf16                bf16 [n, k]
     int4_g{32,64,128}   uint8 [n, kp/2], low nibble: even k; bf16 scales [n, kp/g]; w = (nibble - 8) * scale
+    int4_g{32,64,128}z  the same, and uint8 zeros 0..15 [n, kp/g]; w = (nibble - zero) * scale
     fp8                 uint8 [n, k], the bits of e4m3fn; fp32 scales [n, ceil(k/128)]; w = value * scale
     q4_0 q8_0 q4_k      uint8 [n, bytes of a row], exactly as GGUF stores a row of kp
     q5_k q6_k iq4_nl
@@ -12,6 +13,7 @@ kp is k rounded up to whole groups or blocks; the weights behind k are zeros.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -23,7 +25,7 @@ from .gguf_types import BLOCK_WEIGHTS, GGUF_TYPE_OF, dequantize_rows, gguf, quan
 from .q4_k import quantize_q4_k
 
 FP8_BLOCK = 128
-INT4_GROUPS = {"int4_g32": 32, "int4_g64": 64, "int4_g128": 128}
+INT4_GROUPS = {f"int4_g{group}{zero}": group for zero in ("", "z") for group in (32, 64, 128)}
 _FP8_MAX = 448.0
 
 
@@ -88,6 +90,20 @@ def _int4(weights: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return pack_nibbles((codes + 8).to(torch.uint8).view(n, -1)), scales
 
 
+def _int4_zero(weights: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric: 16 levels from the smallest weight (or 0) to the largest (or 0), one of them 0. NaN as in `_int4`."""
+    n = weights.shape[0]
+    groups = _padded(weights, group).view(n, -1, group)
+    low, high = groups.amin(2).clamp_(max=0.0), groups.amax(2).clamp_(min=0.0)
+    scales = ((high - low) / 15).bfloat16()
+    divisor = torch.where(scales == 0, 1.0, scales.float())
+    zeros = (-low / divisor).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(0, 15)
+    codes = (groups / divisor[..., None]).nan_to_num_(0.0, 0.0, 0.0).round_()
+    codes = (codes + zeros[..., None]).clamp_(0, 15).to(torch.uint8)
+    scales = torch.where(torch.isfinite(groups).all(2), scales, torch.nan)
+    return pack_nibbles(codes.view(n, -1)), scales, zeros.to(torch.uint8)
+
+
 def pack_nibbles(codes: Tensor) -> Tensor:
     """uint8 [n, k/2] from codes 0..15 [n, k]: the even k of a pair in the low nibble."""
     return codes[:, 0::2] | (codes[:, 1::2] << 4)
@@ -126,9 +142,8 @@ def _gguf(weights: Tensor, format: str) -> tuple[Tensor]:
 
 _QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "bf16": lambda weights: (weights.to(torch.bfloat16),),
-    "int4_g32": lambda weights: _int4(weights, 32),
-    "int4_g64": lambda weights: _int4(weights, 64),
-    "int4_g128": lambda weights: _int4(weights, 128),
+    **{f"int4_g{g}": functools.partial(_int4, group=g) for g in (32, 64, 128)},
+    **{f"int4_g{g}z": functools.partial(_int4_zero, group=g) for g in (32, 64, 128)},
     "fp8": _fp8,
     "q8_0": lambda weights: _gguf(weights, "q8_0"),
     "q4_0": lambda weights: _gguf(weights, "q4_0"),
@@ -151,9 +166,10 @@ def dequantize(matrix: PublishedMatrix) -> Tensor:
     if matrix.format == "bf16":
         return matrix.parts[0].float()
     if matrix.format in INT4_GROUPS:
-        packed, scales = matrix.parts
-        codes = unpack_nibbles(packed).float() - 8
-        return (codes.view(n, scales.shape[1], -1) * scales.float()[..., None]).view(n, -1)[:, :k].contiguous()
+        packed, scales, *zeros = matrix.parts
+        codes = unpack_nibbles(packed).float().view(n, scales.shape[1], -1)
+        codes -= zeros[0].float()[..., None] if zeros else 8
+        return (codes * scales.float()[..., None]).view(n, -1)[:, :k].contiguous()
     if matrix.format == "fp8":
         bits, scales = matrix.parts
         return bits.view(torch.float8_e4m3fn).float() * scales.repeat_interleave(FP8_BLOCK, 1)[:, :k]
