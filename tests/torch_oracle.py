@@ -45,7 +45,9 @@ def forward_tolerance(wrapper: BaseMoEWrapper) -> float:
 
 
 def gradient_tolerance(wrapper: BaseMoEWrapper) -> float:
-    return 2e-2 if int8_products(wrapper) or _int8_of_few_rows(wrapper) else 1e-2
+    """Published weights see one more rounding, to bf16, on the way back."""
+    published = _ext.testing.published(wrapper.layer.format)
+    return 2e-2 if int8_products(wrapper) or published else 1e-2
 
 
 @dataclass

@@ -166,25 +166,32 @@ void attach(MoeLayer& layer, nb::object owner, const std::vector<int>& row, cons
   layer.attach(p.data<std::byte>(), static_cast<int>(n), row, biases);
 }
 
+Dropout dropout_of(const char* function, double p, std::uint64_t seed) {
+  require(p >= 0.0 && p < 1.0, ErrorKind::value, "[", function, "] dropout: got ", p, ", expected 0 <= p < 1");
+  return {p, seed};
+}
+
 void forward(const MoeLayer& layer, const InArray& hidden, const InArray& ids, const InArray& weights, const OutArray& out,
-             const LoraAdapter* lora) {
+             const LoraAdapter* lora, double dropout, std::uint64_t seed) {
   const ForwardArgs args = forward_args("forward", layer, hidden, ids, weights);
   bf16* dst = forward_out("forward", layer, args, out);
+  const Dropout drop = dropout_of("forward", dropout, seed);
   const WithoutGil nogil;
-  layer.forward(args.hidden, args.routing, dst, lora);
+  layer.forward(args.hidden, args.routing, dst, lora, drop);
 }
 
 ForwardCache forward_train(const MoeLayer& layer, const InArray& hidden, const InArray& ids, const InArray& weights, const OutArray& out,
-                           const LoraAdapter* lora) {
+                           const LoraAdapter* lora, double dropout, std::uint64_t seed) {
   const ForwardArgs args = forward_args("forward_train", layer, hidden, ids, weights);
   bf16* dst = forward_out("forward_train", layer, args, out);
+  const Dropout drop = dropout_of("forward_train", dropout, seed);
   const WithoutGil nogil;
-  return layer.forward_train(args.hidden, args.routing, dst, lora);
+  return layer.forward_train(args.hidden, args.routing, dst, lora, drop);
 }
 
 void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& grad_out, const LoraAdapter* lora,
               const std::optional<OutArray>& grad_in, const std::optional<OutArray>& grad_weights,
-              const std::optional<std::vector<OutArray>>& lora_grads) {
+              const std::optional<std::vector<OutArray>>& lora_grads, const std::optional<std::vector<OutArray>>& base_grads) {
   const MoeConfig& c = layer.config();
   TensorArg<InArray> dy("backward", "grad_out", grad_out);
   dy.dtype({Dtype::bf16}).shape({cache.n_tokens, c.hidden}).rows_contiguous();
@@ -207,6 +214,19 @@ void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& g
       const auto [rows, columns] = lora->shape(static_cast<LoraTensor>(i));
       TensorArg<OutArray> g("backward", "lora_grads", (*lora_grads)[i - first]);
       grads.lora[i] = g.dtype({Dtype::fp32}).shape({c.n_experts, rows, columns}).contiguous().data<float>();
+    }
+  }
+  if (base_grads) {
+    const std::size_t first = c.activation.gated() ? 0 : 1;
+    require(base_grads->size() == 3 - first, ErrorKind::value, "[backward] base_grads: got ", base_grads->size(), " arrays, expected ",
+            3 - first);
+    for (std::size_t i = first; i < 3; ++i) {
+      TensorArg<OutArray> g("backward", "base_grads", (*base_grads)[i - first]);
+      g.dtype({Dtype::fp32, Dtype::bf16}).shape({c.n_experts, i == 2 ? c.hidden : c.inter, i == 2 ? c.inter : c.hidden}).contiguous();
+      if (g.is(Dtype::fp32))
+        grads.base[i].f32 = g.data<float>();
+      else
+        grads.base[i].b16 = g.data<bf16>();
     }
   }
   const WithoutGil nogil;
@@ -266,11 +286,12 @@ void init_layer(nb::module_& m) {
       .def_prop_ro("format", [](const MoeLayer& l) { return std::string(format_info(l.config().format).name); })
       .def_prop_ro("down_format", [](const MoeLayer& l) { return std::string(format_info(l.config().down_format).name); })
       .def("dequantize_expert", &dequantize_expert, nb::arg("expert"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"))
-      .def("forward", &forward, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("lora").none() = nb::none())
+      .def("forward", &forward, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"), nb::arg("lora").none() = nb::none(),
+           nb::arg("dropout") = 0.0, nb::arg("seed") = 0)
       .def("forward_train", &forward_train, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),
-           nb::arg("lora").none() = nb::none())
+           nb::arg("lora").none() = nb::none(), nb::arg("dropout") = 0.0, nb::arg("seed") = 0)
       .def("backward", &backward, nb::arg("cache"), nb::arg("grad_out"), nb::arg("lora").none(), nb::arg("grad_in").none(),
-           nb::arg("grad_weights").none(), nb::arg("lora_grads").none());
+           nb::arg("grad_weights").none(), nb::arg("lora_grads").none(), nb::arg("base_grads").none() = nb::none());
 }
 
 }  // namespace ktmoe

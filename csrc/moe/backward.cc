@@ -5,9 +5,13 @@
 //   dG, dU = activation backward of w dH~ from the cached gate and up; without a gate there is dU alone
 //   dX = [dG|dU] Wgu + s ([dG|dU] Bgu) Agu
 //   dBd = (w dY)^T (s Ud)    dAd = (s w dY Bd)^T h    dBg = dG^T (s Ug)    dAg = (s dG Bg)^T x    and so for up
+//   dWd = (w dY)^T h         dWg = dG^T x             dWu = dU^T x         of experts that are trained themselves
+// Dropout multiplies A's input with a mask: x and h in dAg, dAu, dAd, and what comes back through Agu and Ad.
 // Every GEMM reads the forward's packed bytes. With few experts the stages of one expert are shared by all workers instead.
 #include <algorithm>
+#include <optional>
 
+#include "moe/base_gradients.h"
 #include "moe/layer.h"
 #include "moe/schedule.h"
 
@@ -29,6 +33,8 @@ struct Pass {
   float* dots;  // [plan.rows()]: gradient of the routing weight
   const Gradients& grads;
   bool first_chunk;
+  int first_token;  // of the chunk in the call
+  Dropout dropout;
 };
 
 // Runs the units of a stage: here, or on all workers.
@@ -58,12 +64,17 @@ class ExpertBackward {
   }
 
   void run(const RoutePlan::Block* blocks, int n_blocks) {
-    int most = 0;
-    for (int i = 0; i < n_blocks; ++i) most = std::max(most, blocks[i].rows);
-    allocate(most);
+    int most = 0, rows = 0;
+    for (int i = 0; i < n_blocks; rows += blocks[i++].rows) most = std::max(most, blocks[i].rows);
+    allocate(most, want_base() ? rows : most);
+    bf16 *const h = h_, *const dgu = dgu_;
     for (int i = 0; i < n_blocks; ++i) {
       block_ = blocks[i];
       m_ = block_.rows;
+      if (want_base()) {  // h and dG|dU of all blocks are kept
+        h_ = h + (block_.begin - blocks->begin) * h_ld_;
+        dgu_ = dgu + (block_.begin - blocks->begin) * dgu_ld_;
+      }
       if (p_.lora) down_lora();
       through_down();
       if (p_.lora) gate_up_lora();
@@ -71,31 +82,39 @@ class ExpertBackward {
       if (want_lora()) lora_gradients(i == 0);
     }
     if (want_lora()) write_lora_gradients();
+    if (want_base()) base_gradients(blocks, n_blocks, most, h, dgu);
   }
 
  private:
   static bool scaled(const PackedMatrix& w) { return format_info(w.layout().format).has_scales; }
-  bool want_lora() const { return p_.lora && p_.grads.lora[kDownA]; }
+  bool want_lora() const { return p_.grads.lora[kDownA]; }
+  bool want_base() const { return static_cast<bool>(p_.grads.base[2]); }
+  float scaling() const { return p_.lora->scaling * p_.dropout.factor(); }
+  Dropout::Row mask(Dropout::Site site, int row) const {
+    return p_.dropout.row(site, p_.first_token + p_.chunk.plan.token[static_cast<std::size_t>(block_.begin + row)], e_);
+  }
   int rank() const { return p_.lora->rank; }
   int gate_up_columns() const { return expert_.gate_up.layout().n_panels * kPanelColumns; }
   int h_columns() const { return expert_.gate_up.layout().n_panels * p_.config.activation.h_per_panel(); }
   bool gated() const { return p_.config.activation.gated(); }
   int projections() const { return p_.config.activation.projections(); }
   RowSource dy() const { return {p_.grad_out.data, p_.grad_out.ld, p_.chunk.plan.token.data() + block_.begin}; }
+  RowSource block_x() const { return {p_.x, p_.config.hidden, p_.chunk.plan.token.data() + block_.begin}; }
   const float* weight() const { return p_.chunk.plan.weight.data() + block_.begin; }
   template <class T>
   T* take(std::size_t rows, int columns) {
     return scratch_.take<T>(rows * static_cast<std::size_t>(columns));
   }
 
-  void allocate(int most) {
+  // most: rows of the largest block. kept: rows of h and dG|dU that must live at once.
+  void allocate(int most, int kept) {
     const std::size_t m = static_cast<std::size_t>(most);
     const int down_panels = expert_.down.layout().n_panels, gate_up_panels = expert_.gate_up.layout().n_panels;
     // dH~ comes in groups of kGroupColumns, so h and dgate_up are padded to that.
     h_ld_ = round_up(std::max(h_columns(), p_.config.inter), kGroupColumns);
     dgu_ld_ = projections() * h_ld_;
-    h_ = take<bf16>(m, static_cast<int>(h_ld_));
-    dgu_ = take<bf16>(m, static_cast<int>(dgu_ld_));
+    h_ = take<bf16>(static_cast<std::size_t>(kept), static_cast<int>(h_ld_));
+    dgu_ = take<bf16>(static_cast<std::size_t>(kept), static_cast<int>(dgu_ld_));
     dot_parts_ = take<float>(m, static_cast<int>(h_ld_) / kGroupColumns);
     dy_operand_ = scratch_.take<std::byte>(k_.grad_operand_bytes(most, down_panels));
     dgu_operand_ = scratch_.take<std::byte>(k_.grad_operand_bytes(most, gate_up_panels));
@@ -117,21 +136,32 @@ class ExpertBackward {
     grad_b_down_ = take<float>(r, static_cast<int>(hidden_ld_));
     for (float** g : {&grad_b_gate_, &grad_b_up_, &grad_a_down_}) *g = take<float>(r, h_columns());
     // Q rows must be readable in whole tiles: tokens with a ragged hidden size are copied.
-    if (p_.config.hidden % kTileColumns) {
-      padded_x_ = take<bf16>(m, static_cast<int>(hidden_ld_));
-      padded_dy_ = take<bf16>(m, static_cast<int>(hidden_ld_));
-    }
+    if (p_.config.hidden % kTileColumns) padded_dy_ = take<bf16>(m, static_cast<int>(hidden_ld_));
+    if (p_.config.hidden % kTileColumns || p_.dropout) padded_x_ = take<bf16>(m, static_cast<int>(hidden_ld_));
+    if (p_.dropout) dropped_h_ = take<bf16>(m, static_cast<int>(h_ld_));
   }
 
   // C blocks of columns [column0, column0 + columns) of dY W (+ V A), in a worker's scratch. column0 is a multiple of 64.
-  float* columns_of(Scratch& scratch, const std::byte* operand, const PackedMatrix& w, const PackedMatrix* lora, int column0, int columns) {
+  float* columns_of(Scratch& scratch, const std::byte* operand, const PackedMatrix& w, const PackedMatrix* lora, Dropout::Site site,
+                    int column0, int columns) {
     const int step = format_info(w.layout().format).k_step, s0 = column0 / step;
     const int s1 = std::min(ceil_div(column0 + columns, step), w.layout().k_steps);
     float* c = units_.shared ? scratch.take<float>(c_block_floats(m_) * (kGroupColumns / kPanelColumns)) : c_;
-    k_.backward(operand, m_, w, s0, s1, c, false);
+    const bool mask_first = lora && p_.dropout;  // the mask is for LoRA's part alone
+    if (mask_first)
+      std::fill_n(c, c_block_floats(m_) * static_cast<std::size_t>(ceil_div((s1 - s0) * step, kPanelColumns)), 0.0f);
+    else
+      k_.backward(operand, m_, w, s0, s1, c, false);
     if (lora) {
       const int l0 = column0 / kPanelColumns, l1 = std::min(ceil_div(column0 + columns, kPanelColumns), lora->layout().k_steps);
       k_.backward(v_operand_, m_, *lora, l0, l1, c, true);
+    }
+    if (mask_first) {
+      for (int b = 0; b < ceil_div(columns, kPanelColumns); ++b)
+        for (int r = 0; r < m_; ++r)
+          mask(site, r).apply(c + c_block_floats(m_) * static_cast<std::size_t>(b) + r * kPanelColumns, column0 + b * kPanelColumns,
+                              kPanelColumns);
+      k_.backward(operand, m_, w, s0, s1, c, true);
     }
     return c;
   }
@@ -140,9 +170,9 @@ class ExpertBackward {
   void lora_through_b(const std::byte* operand, const PackedMatrix& b, const PackedMatrix& a, int used, bf16* v) {
     const int blocks = ceil_div(used, kPanelColumns);
     k_.backward(operand, m_, b, 0, b.layout().k_steps, c_, false);
-    k_.c_to_bf16(c_, m_, blocks, p_.lora->scaling, nullptr, v, v_ld_);
+    k_.c_to_bf16(c_, m_, blocks, scaling(), nullptr, v, v_ld_);
     k_.pack_grad_operand({v, v_ld_, nullptr}, nullptr, m_, used, a.layout().n_panels, v_operand_);
-    if (v == v_down_ && want_lora()) k_.c_to_bf16(c_, m_, blocks, p_.lora->scaling, weight(), wv_down_, v_ld_);
+    if (v == v_down_ && want_lora()) k_.c_to_bf16(c_, m_, blocks, scaling(), weight(), wv_down_, v_ld_);
   }
 
   void down_lora() {
@@ -162,7 +192,7 @@ class ExpertBackward {
     std::fill_n(dot_parts_, static_cast<std::size_t>(groups) * static_cast<std::size_t>(m_), 0.0f);
     units_.each(groups, [&](int g, Scratch& scratch) {
       const int first = g * kGroupColumns, columns = std::min(kGroupColumns, h_columns() - first);
-      float* c = columns_of(scratch, dy_operand_, expert_.down, p_.lora ? &lora_.a_down : nullptr, first, columns);
+      float* c = columns_of(scratch, dy_operand_, expert_.down, p_.lora ? &lora_.a_down : nullptr, Dropout::kH, first, columns);
       const Activation& a = p_.config.activation;
       k_.activate_backward(a, c, m_, columns / a.h_per_panel(), gate_up + projections() * first, gu_ld, weight(),
                            dgu_ + projections() * first, dgu_ld_, h_ + first, h_ld_, dot_parts_ + static_cast<std::ptrdiff_t>(g) * m_);
@@ -189,7 +219,7 @@ class ExpertBackward {
     const int hidden = static_cast<int>(p_.rows_ld);
     units_.each(ceil_div(hidden, kGroupColumns), [&](int g, Scratch& scratch) {
       const int first = g * kGroupColumns, columns = std::min(kGroupColumns, hidden - first);
-      float* c = columns_of(scratch, dgu_operand_, expert_.gate_up, p_.lora ? &lora_.a_gate_up : nullptr, first, columns);
+      float* c = columns_of(scratch, dgu_operand_, expert_.gate_up, p_.lora ? &lora_.a_gate_up : nullptr, Dropout::kX, first, columns);
       k_.c_to_rows(c, m_, columns / kPanelColumns, p_.rows + block_.begin * p_.rows_ld + first, p_.rows_ld);
     });
   }
@@ -223,8 +253,17 @@ class ExpertBackward {
     const std::ptrdiff_t u2_ld = round_up(both, kPanelColumns), u1_ld = round_up(r, kPanelColumns);
     const bf16* u_gate_up = p_.chunk.u_gate_up.as<bf16>() + block_.begin * u2_ld;
     const bf16* u_down = p_.chunk.u_down.as<bf16>() + block_.begin * u1_ld;
-    const RowSource x = whole_tiles({p_.x, hidden, p_.chunk.plan.token.data() + block_.begin}, padded_x_);
-    const RowSource grad = whole_tiles(dy(), padded_dy_);
+    const RowSource x = whole_tiles(block_x(), padded_x_), grad = whole_tiles(dy(), padded_dy_);
+    RowSource h{h_, h_ld_, nullptr};
+    if (p_.dropout) {
+      for (int i = 0; i < m_; ++i) {
+        mask(Dropout::kX, i).apply(padded_x_ + i * hidden_ld_, 0, hidden);
+        bf16* row = dropped_h_ + i * h_ld_;
+        std::memcpy(row, h.row<bf16>(i), sizeof(bf16) * static_cast<std::size_t>(h_ld_));
+        mask(Dropout::kH, i).apply(row, 0, p_.config.inter);
+      }
+      h.base = dropped_h_;
+    }
     for (int i = 0; i < m_; ++i)
       for (int j = 0; j < r; ++j) wu_down_[i * v_ld_ + j] = to_bf16(weight()[i] * to_float(u_down[i * u1_ld + j]));
 
@@ -233,8 +272,49 @@ class ExpertBackward {
     const int apart = projections() * kTileColumns, to_up = apart - kTileColumns;
     if (gated()) outer(u_gate_up, u2_ld, r, {dgu_, dgu_ld_, nullptr}, apart, h_columns(), grad_b_gate_, h_columns(), first);
     outer(u_gate_up + both - r, u2_ld, r, {dgu_ + to_up, dgu_ld_, nullptr}, apart, h_columns(), grad_b_up_, h_columns(), first);
-    outer(wv_down_, v_ld_, r, {h_, h_ld_, nullptr}, kTileColumns, h_columns(), grad_a_down_, h_columns(), first);
+    outer(wv_down_, v_ld_, r, h, kTileColumns, h_columns(), grad_a_down_, h_columns(), first);
     outer(wu_down_, v_ld_, r, grad, kTileColumns, hidden, grad_b_down_, hidden_ld_, first);
+  }
+
+  // h, dgu: of all blocks.
+  void base_gradients(const RoutePlan::Block* blocks, int n_blocks, int most, const bf16* h, const bf16* dgu) {
+    const int hidden = p_.config.hidden, inter = p_.config.inter;
+    const std::ptrdiff_t e = e_;
+    auto offset = [&](int i) { return blocks[i].begin - blocks->begin; };
+    auto bands = [&](int p_columns, int q_columns, auto block_of, auto row_of) {
+      std::optional<Band> own;
+      if (!units_.shared) own.emplace(k_, scratch_, most, q_columns);
+      units_.each(ceil_div(p_columns, kBandRows), [&](int u, Scratch& scratch) {
+        const int first = u * kBandRows, count = std::min(kBandRows, p_columns - first);
+        Band band = own ? *own : Band(k_, scratch, most, q_columns);
+        for (int i = 0; i < n_blocks; ++i) band.add(block_of(i), first, count, i == 0);
+        for (int i = 0; i < count; ++i) {
+          const auto [tensor, row, rows] = row_of(first + i);
+          if (row < rows) band.write(i, p_.grads.base[tensor], e * rows + row, !p_.first_chunk);
+        }
+      });
+    };
+    auto tokens = [&](int i) { return p_.chunk.plan.token.data() + blocks[i].begin; };
+    struct Row {
+      std::size_t tensor;
+      int row, rows;
+    };
+    bands(
+        gate_up_columns(), hidden,
+        [&](int i) { return BandBlock{blocks[i].rows, {dgu + offset(i) * dgu_ld_, dgu_ld_, nullptr}, nullptr, {p_.x, hidden, tokens(i)}}; },
+        [&](int c) {
+          if (!gated()) return Row{1, c, inter};
+          return Row{static_cast<std::size_t>(c / kTileColumns % 2), c / kPanelColumns * kTileColumns + c % kTileColumns, inter};
+        });
+    bands(
+        hidden, inter,
+        [&](int i) {
+          return BandBlock{blocks[i].rows,
+                           {p_.grad_out.data, p_.grad_out.ld, tokens(i)},
+                           p_.chunk.plan.weight.data() + blocks[i].begin,
+                           {h + offset(i) * h_ld_, h_ld_, nullptr}};
+        },
+        [&](int c) { return Row{2, c, hidden}; });
   }
 
   void write_lora_gradients() {
@@ -271,7 +351,7 @@ class ExpertBackward {
   int m_ = 0;
   std::ptrdiff_t h_ld_ = 0, dgu_ld_ = 0, v_ld_ = 0, hidden_ld_ = 0;
   bf16 *h_ = nullptr, *dgu_ = nullptr, *v_gate_up_ = nullptr, *v_down_ = nullptr, *wv_down_ = nullptr, *wu_down_ = nullptr;
-  bf16 *padded_x_ = nullptr, *padded_dy_ = nullptr;
+  bf16 *padded_x_ = nullptr, *padded_dy_ = nullptr, *dropped_h_ = nullptr;
   float *c_ = nullptr, *dot_parts_ = nullptr, *grad_a_gate_up_ = nullptr, *grad_b_down_ = nullptr, *grad_b_gate_ = nullptr,
         *grad_b_up_ = nullptr, *grad_a_down_ = nullptr;
   std::byte *dy_operand_ = nullptr, *dgu_operand_ = nullptr, *plain_operand_ = nullptr, *v_operand_ = nullptr, *outer_operand_ = nullptr;
@@ -321,18 +401,23 @@ void combine(ThreadPool::Session& session, const Pass& pass, int first_token) {
 }
 
 // Experts that the first chunk does not reach start from exact zeros.
-void clear_idle_experts(ThreadPool::Session& session, const MoeConfig& config, const LoraAdapter& lora, const Gradients& grads,
+void clear_idle_experts(ThreadPool::Session& session, const MoeConfig& config, const LoraAdapter* lora, const Gradients& grads,
                         const RoutePlan* first) {
   std::vector<std::uint8_t> active(static_cast<std::size_t>(config.n_experts), 0);
   if (first)
     for (const auto& b : first->blocks) active[static_cast<std::size_t>(b.expert)] = 1;
   session.parallel_for(config.n_experts, [&](int e, int) {
     if (active[static_cast<std::size_t>(e)]) return;
-    for (int t = 0; t < 6; ++t) {
-      if (!lora.has(static_cast<LoraTensor>(t))) continue;
-      const auto [rows, columns] = lora.shape(static_cast<LoraTensor>(t));
+    for (std::size_t t = 0; t < 6; ++t) {
+      if (!grads.lora[t]) continue;
+      const auto [rows, columns] = lora->shape(static_cast<LoraTensor>(t));
       const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(rows) * columns;
-      std::fill_n(grads.lora[static_cast<std::size_t>(t)] + e * size, size, 0.0f);
+      std::fill_n(grads.lora[t] + e * size, size, 0.0f);
+    }
+    const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(config.inter) * config.hidden;
+    for (const FloatOrBf16& g : grads.base) {
+      if (g.f32) std::fill_n(g.f32 + e * size, size, 0.0f);
+      if (g.b16) std::fill_n(g.b16 + e * size, size, bf16{});
     }
   });
 }
@@ -347,14 +432,14 @@ void MoeLayer::backward(const ForwardCache& cache, Tokens grad_out, const LoraAd
   require(!lora || lora->version() == cache.lora_version, ErrorKind::runtime,
           "LoRA weights changed between forward and backward: [backward] ", "the adapter has version ", lora ? lora->version() : 0,
           ", the forward used ", cache.lora_version);
-  const bool want_lora = lora && grads.lora[kDownA], want_input = grads.input16 || grads.input32;
+  const bool want_lora = grads.lora[kDownA], want_input = grads.input16 || grads.input32;
   const std::ptrdiff_t rows_ld = round_up(config_.hidden, kPanelColumns);
   int total_rows = 0;
   for (const auto& chunk : cache.chunks) total_rows += chunk.plan.rows();
 
   ThreadPool::Session session(*pool_, too_small_to_share(2 * total_rows, config_));
   require(loaded(), ErrorKind::runtime, "Weights not loaded: [backward] they were unloaded meanwhile");
-  if (want_lora) clear_idle_experts(session, config_, *lora, grads, cache.chunks.empty() ? nullptr : &cache.chunks[0].plan);
+  if (want_lora || grads.base[2]) clear_idle_experts(session, config_, lora, grads, cache.chunks.empty() ? nullptr : &cache.chunks[0].plan);
   for (const auto& chunk : cache.chunks) {
     const std::size_t rows = static_cast<std::size_t>(chunk.plan.rows());
     session.shared().reset();
@@ -369,7 +454,9 @@ void MoeLayer::backward(const ForwardCache& cache, Tokens grad_out, const LoraAd
               rows_ld,
               nullptr,
               grads,
-              &chunk == &cache.chunks[0]};
+              &chunk == &cache.chunks[0],
+              chunk.first_token,
+              cache.dropout};
     if (want_input) pass.rows = session.shared().take<float>(rows * static_cast<std::size_t>(rows_ld));
     pass.dots = session.shared().take<float>(rows);
     run_experts(session, pass);

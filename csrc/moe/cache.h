@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/aligned_buffer.h"
+#include "moe/dropout.h"
 #include "moe/route.h"
 
 namespace ktmoe {
@@ -24,6 +25,7 @@ struct ForwardCache {
   int n_tokens = 0;
   bool with_lora = false;
   std::uint64_t lora_version = 0;
+  Dropout dropout;
   AlignedBuffer x;  // bf16 [n_tokens][hidden]
   std::vector<Chunk> chunks;
 

@@ -22,6 +22,8 @@ struct Pass {
   const MoeConfig& config;
   const RoutePlan& plan;
   const LoraAdapter* lora;
+  Dropout dropout;
+  int first_token;  // of the chunk in the call
   Tokens x;
   const std::int8_t* x8;  // int8: quantised tokens [n_tokens][k padded] and their scales
   const float* x_scale;
@@ -60,6 +62,7 @@ class BlockForward {
     lora_operand_ = scratch.take<std::byte>(std::max(k.operand_bytes(lora_format, m, hidden), k.operand_bytes(lora_format, m, inter)));
     u_operand_ = scratch.take<std::byte>(k.operand_bytes(lora_format, m, 2 * rank));
     u_ = scratch.take<bf16>(static_cast<std::size_t>(m) * static_cast<std::size_t>(round_up(2 * rank, kPanelColumns)));
+    if (p_.dropout) dropped_ = scratch.take<bf16>(static_cast<std::size_t>(m) * static_cast<std::size_t>(std::max(hidden, inter)));
   }
 
   // X rows -> operand; U = scaling * X A^T.
@@ -71,7 +74,7 @@ class BlockForward {
     else
       p_.kernels.pack_operand(format, rows, nullptr, m_, p_.config.hidden, operand_);
     if (p_.lora)
-      lora_activations(scratch, rows, p_.config.hidden, lora_.a_gate_up, p_.lora->gate_up_rank(),
+      lora_activations(scratch, Dropout::kX, rows, p_.config.hidden, lora_.a_gate_up, p_.lora->gate_up_rank(),
                        p_.cache ? p_.cache->u_gate_up.as<bf16>() : nullptr);
   }
 
@@ -97,7 +100,8 @@ class BlockForward {
       p_.kernels.pack_operand(format, rows, nullptr, m_, p_.config.inter, operand_);
     }
     if (p_.lora)
-      lora_activations(scratch, rows, p_.config.inter, lora_.a_down, p_.lora->rank, p_.cache ? p_.cache->u_down.as<bf16>() : nullptr);
+      lora_activations(scratch, Dropout::kH, rows, p_.config.inter, lora_.a_down, p_.lora->rank,
+                       p_.cache ? p_.cache->u_down.as<bf16>() : nullptr);
   }
 
   // Panels [p0, p1) of down -> rows.
@@ -131,13 +135,22 @@ class BlockForward {
   }
 
   // u_operand_ = operand of scaling * X A^T (rounded to bf16; `used` columns), which the cache also keeps.
-  void lora_activations(Scratch& scratch, RowSource rows, int k, const PackedMatrix& a, int used, bf16* keep) {
+  void lora_activations(Scratch& scratch, Dropout::Site site, RowSource rows, int k, const PackedMatrix& a, int used, bf16* keep) {
     const int panels = a.layout().n_panels, columns = panels * kPanelColumns;
+    if (p_.dropout) {
+      for (int i = 0; i < m_; ++i) {
+        bf16* row = dropped_ + static_cast<std::ptrdiff_t>(i) * k;
+        std::memcpy(row, rows.row<bf16>(i), sizeof(bf16) * static_cast<std::size_t>(k));
+        const int token = p_.first_token + p_.plan.token[static_cast<std::size_t>(block_.begin + i)];
+        p_.dropout.row(site, token, block_.expert).apply(row, 0, k);
+      }
+      rows = {dropped_, k, nullptr};
+    }
     p_.kernels.pack_operand(WeightFormat::bf16, rows, nullptr, m_, k, lora_operand_);
     float* c = c_blocks(scratch, panels);
     p_.kernels.forward(lora_operand_, m_, a, 0, panels, c, false);
     bf16* u = keep ? keep + static_cast<std::ptrdiff_t>(block_.begin) * columns : u_;
-    p_.kernels.c_to_bf16(c, m_, panels, p_.lora->scaling, nullptr, u, columns);
+    p_.kernels.c_to_bf16(c, m_, panels, p_.lora->scaling * p_.dropout.factor(), nullptr, u, columns);
     p_.kernels.pack_operand(WeightFormat::bf16, {u, columns, nullptr}, nullptr, m_, used, u_operand_);
   }
 
@@ -146,7 +159,7 @@ class BlockForward {
   const int m_;
   const Expert expert_;
   LoraExpert lora_;
-  bf16 *h_ = nullptr, *u_ = nullptr;
+  bf16 *h_ = nullptr, *u_ = nullptr, *dropped_ = nullptr;
   std::ptrdiff_t h_ld_ = 0, h8_ld_ = 0;
   std::int8_t* h8_ = nullptr;
   float *h_scale_ = nullptr, *c_ = nullptr;
@@ -223,11 +236,12 @@ void combine(ThreadPool::Session& session, const Pass& pass, bf16* out) {
   });
 }
 
-void run_pass(const MoeLayer& layer, const RoutePlan& plan, Tokens x, const LoraAdapter* lora, ForwardCache::Chunk* cache, bf16* out) {
+void run_pass(const MoeLayer& layer, const RoutePlan& plan, int first_token, Tokens x, const LoraAdapter* lora, Dropout dropout,
+              ForwardCache::Chunk* cache, bf16* out) {
   ThreadPool::Session session(layer.pool(), too_small_to_share(plan.rows(), layer.config()));
   require(layer.loaded(), ErrorKind::runtime, "Weights not loaded: [forward] they were unloaded meanwhile");
   const std::ptrdiff_t rows_ld = round_up(layer.config().hidden, kPanelColumns);
-  Pass pass{layer, layer.kernels(), layer.config(), plan, lora, x, nullptr, nullptr, 0, cache, nullptr, rows_ld};
+  Pass pass{layer, layer.kernels(), layer.config(), plan, lora, dropout, first_token, x, nullptr, nullptr, 0, cache, nullptr, rows_ld};
   pass.rows = session.shared().take<float>(static_cast<std::size_t>(plan.rows()) * static_cast<std::size_t>(rows_ld));
   if (format_info(layer.config().format).direct == WeightFormat::int8) quantize_tokens(session, pass);
   if (owner_pays(static_cast<int>(plan.blocks.size()), plan.most_rows(), plan.rows(), session.threads()))
@@ -243,17 +257,18 @@ AlignedBuffer bf16_rows(int rows, int columns) {
 
 }  // namespace
 
-void MoeLayer::forward(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora) const {
+void MoeLayer::forward(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout) const {
   check_ready("forward", lora);
   routing.check(config_);
   const int step = tokens_per_pass();
   for (int t = 0; t < routing.n_tokens; t += step) {
     const RoutePlan plan(config_, routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), kernels_.block_rows);
-    run_pass(*this, plan, {hidden.data + t * hidden.ld, hidden.ld}, lora, nullptr, out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
+    run_pass(*this, plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout, nullptr,
+             out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
   }
 }
 
-ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora) const {
+ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout) const {
   check_ready("forward_train", lora);
   routing.check(config_);
   ForwardCache cache;
@@ -261,6 +276,7 @@ ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16
   cache.n_tokens = routing.n_tokens;
   cache.with_lora = lora != nullptr;
   cache.lora_version = lora ? lora->version() : 0;
+  cache.dropout = dropout;
   cache.x = bf16_rows(routing.n_tokens, config_.hidden);
   for (int t = 0; t < routing.n_tokens; ++t)
     std::memcpy(cache.x.as<bf16>() + static_cast<std::ptrdiff_t>(t) * config_.hidden, hidden.data + t * hidden.ld,
@@ -272,7 +288,7 @@ ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16
     cache.chunks.push_back({t, std::move(plan), bf16_rows(rows, gate_up_.n_panels * kPanelColumns),
                             bf16_rows(rows, round_up(gate_up_rank, kPanelColumns)), bf16_rows(rows, round_up(rank, kPanelColumns))});
     ForwardCache::Chunk& chunk = cache.chunks.back();
-    run_pass(*this, chunk.plan, {hidden.data + t * hidden.ld, hidden.ld}, lora, &chunk,
+    run_pass(*this, chunk.plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout, &chunk,
              out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
   }
   return cache;

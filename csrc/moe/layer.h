@@ -22,11 +22,19 @@ struct Tokens {  // bf16 [n][hidden], rows at `ld` elements
   std::ptrdiff_t ld;
 };
 
+struct FloatOrBf16 {  // at most one is set
+  float* f32 = nullptr;
+  bf16* b16 = nullptr;
+  explicit operator bool() const { return f32 || b16; }
+};
+
 struct Gradients {  // every pointer may be null
   bf16* input16;    // [n_tokens][hidden], or
   float* input32;
   float* weights;                // [n_tokens][top_k]
-  std::array<float*, 6> lora{};  // [n_experts][...] in the order of LoraTensor; all that exist, or none
+  std::array<float*, 6> lora{};  // [n_experts][...] in the order of LoraTensor; all that exist, or none; only with an adapter
+  // Of the base weights: gate (null without one), up [n_experts][inter][hidden], down [n_experts][hidden][inter], or all null.
+  std::array<FloatOrBf16, 3> base{};
 };
 
 class MoeLayer {
@@ -56,8 +64,8 @@ class MoeLayer {
   Expert expert(int e) const;
 
   // out: [n_tokens][hidden] dense. lora may be null. Throws before any work on bad routing.
-  void forward(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora) const;
-  ForwardCache forward_train(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora) const;
+  void forward(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout = {}) const;
+  ForwardCache forward_train(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout = {}) const;
   void backward(const ForwardCache& cache, Tokens grad_out, const LoraAdapter* lora, const Gradients& grads) const;
 
  private:

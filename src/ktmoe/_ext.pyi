@@ -189,9 +189,18 @@ class MoeLayer:
         weights: Array,  # [n_tokens, top_k] fp32 | bf16, C-contiguous
         out: Array,  # [n_tokens, hidden] bf16, C-contiguous, not overlapping hidden
         lora: LoraAdapter | None = None,
+        dropout: float = 0.0,  # 0 <= p < 1: drops elements of what LoRA's A multiplies, as csrc/moe/dropout.h says
+        seed: int = 0,  # uint64; the same seed drops the same elements
     ) -> None: ...
     def forward_train(
-        self, hidden: Array, ids: Array, weights: Array, out: Array, lora: LoraAdapter | None = None
+        self,
+        hidden: Array,
+        ids: Array,
+        weights: Array,
+        out: Array,
+        lora: LoraAdapter | None = None,
+        dropout: float = 0.0,
+        seed: int = 0,
     ) -> ForwardCache:
         """As `forward`, bitwise the same `out`, and keeps what `backward` needs (own copies)."""
     def backward(
@@ -203,6 +212,8 @@ class MoeLayer:
         grad_weights: Array | None,  # out: [n_tokens, top_k] fp32
         lora_grads: list[Array]
         | None,  # out: fp32 C-contiguous arrays of the shapes in LoraAdapter.update, those not None
+        base_grads: list[Array]
+        | None = None,  # out: fp32 or bf16, gate (if there is one), up [n, inter, hidden], down [n, hidden, inter]
     ) -> None:
         """Writes (overwrites) every output given. A cache may be used more than once.
         RuntimeError "LoRA weights changed ..." if `lora` was updated since the forward."""

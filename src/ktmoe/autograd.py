@@ -12,13 +12,18 @@ from torch import Tensor
 from .base import BaseMoEWrapper
 from .errors import weights_not_loaded
 from .lora import LoraTensors, lora_shapes
-from .train import SavedForward, empty_f32, run_backward, run_forward
+from .train import Dropout, SavedForward, empty_f32, run_backward, run_forward
 
 __all__ = ["LoraTensors", "moe_forward"]
 
 
 def moe_forward(
-    wrapper: BaseMoEWrapper, hidden: Tensor, ids: Tensor, weights: Tensor, lora: LoraTensors | None = None
+    wrapper: BaseMoEWrapper,
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    lora: LoraTensors | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """The output of the layer, with gradients for `hidden`, `weights` and the LoRA tensors.
 
@@ -26,24 +31,30 @@ def moe_forward(
     ids: int32 or int64 [..., top_k]; -1 and num_experts mean "not routed here". weights: floating point [..., top_k].
     lora: None = the base experts alone, also for a wrapper that has LoRA weights of its own.
 
+    dropout: elements of the input of each LoRA A are dropped with this probability, as `torch.nn.Dropout` would: pass 0
+    for evaluation. Masks follow torch's CPU generator.
+    Inputs and LoRA tensors may be on other devices: the experts compute on the CPU, results and gradients come back.
     Works with a wrapper of either mode. Keeps nothing where no gradient is needed; otherwise what backward needs is
     freed with the graph, and under activation checkpointing at once. Any number of forwards may wait for a backward,
     in any order. Changes of the LoRA tensors between forward and backward do not disturb the backward.
     Errors as in `InferenceMoEWrapper.forward`.
     """
+    device = hidden.device
+    hidden, ids, weights = (t if t.is_cpu else t.to("cpu") for t in (hidden, ids, weights))
+    drop = Dropout.draw(dropout if lora is not None else 0.0)
     if torch.is_grad_enabled() and (
         hidden.requires_grad
         or weights.requires_grad
         or (lora is not None and any(t.requires_grad for t in lora.tensors))
     ):
         tensors = lora.tensors if lora is not None else ()
-        scaling, rank = (lora.scaling, lora.rank) if lora is not None else (0.0, 0)
-        out: Tensor = _MoEFunction.apply(wrapper, scaling, rank, ids, hidden, weights, *tensors)  # type: ignore[no-untyped-call]
+        of_lora = lora[6:] if lora is not None else (0.0, 0, "")
+        out: Tensor = _MoEFunction.apply(wrapper, of_lora, drop, ids, hidden, weights, *tensors)  # type: ignore[no-untyped-call]
     else:
         rows, flat_ids, flat_weights = wrapper._inputs(_narrow(hidden), ids, _widen(weights))
         packed = wrapper.mirror.acquire(lora) if lora is not None else None
-        out = wrapper._forward(rows, flat_ids, flat_weights, packed).view(hidden.shape)
-    return out.to(hidden.dtype)
+        out = wrapper._forward(rows, flat_ids, flat_weights, packed, drop).view(hidden.shape)
+    return out.to(device, hidden.dtype)
 
 
 def _narrow(hidden: Tensor) -> Tensor:
@@ -93,22 +104,22 @@ class _MoEFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         wrapper: BaseMoEWrapper,
-        scaling: float,
-        rank: int,
+        of_lora: tuple[float, int, str],  # scaling, rank, name
+        dropout: Dropout,
         ids: Tensor,
         hidden: Tensor,
         weights: Tensor,
         *lora: Any,  # none, or `LoraTensors.tensors`
     ) -> Tensor:
         rows, flat_ids, flat_weights = wrapper._inputs(_narrow(hidden), ids, _widen(weights))
-        packed = wrapper.mirror.acquire(LoraTensors.of(lora, scaling, rank)) if lora else None
-        out, saved = run_forward(wrapper.layer, rows, flat_ids, flat_weights, packed)
+        packed = wrapper.mirror.acquire(LoraTensors.of(lora, *of_lora)) if lora else None
+        out, saved = run_forward(wrapper.layer, rows, flat_ids, flat_weights, packed, dropout)
         ctx.save_for_backward(_hold(saved))
         ctx.set_materialize_grads(False)
         ctx.wrapper = wrapper
-        ctx.rank = rank
+        ctx.rank = of_lora[1]
         ctx.hidden_dtype, ctx.weights_shape, ctx.weights_dtype = hidden.dtype, weights.shape, weights.dtype
-        ctx.lora_dtypes = [t.dtype for t in lora]
+        ctx.lora_kinds = [(t.device, t.dtype) for t in lora]
         return out.view(hidden.shape)
 
     @staticmethod
@@ -140,7 +151,7 @@ class _MoEFunction(torch.autograd.Function):
             None if grads.hidden is None else grads.hidden.view(grad_out.shape).to(ctx.hidden_dtype),
             None if grads.weights is None else grads.weights.view(ctx.weights_shape).to(ctx.weights_dtype),
             *(
-                grads.lora[i].to(dtype) if grads.lora is not None and need[6 + i] else None
-                for i, dtype in enumerate(ctx.lora_dtypes)
+                grads.lora[i].to(*kind) if grads.lora is not None and need[6 + i] else None
+                for i, kind in enumerate(ctx.lora_kinds)
             ),
         )

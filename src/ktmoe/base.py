@@ -392,8 +392,15 @@ class BaseMoEWrapper(PackedWeights):
         ids, weights = ids.reshape(n, k).contiguous(), weights.detach().reshape(n, k).contiguous()
         return rows, rows_in_one_piece(ids), rows_in_one_piece(weights)
 
-    def _forward(self, hidden: Tensor, ids: Tensor, weights: Tensor, packed: PackedLora | None = None) -> Tensor:
-        """One plain forward of inputs from `_inputs`: bf16 [n_tokens, hidden]."""
+    def _forward(
+        self,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        packed: PackedLora | None = None,
+        dropout: tuple[float, int] = (0.0, 0),
+    ) -> Tensor:
+        """One plain forward of inputs from `_inputs`: bf16 [n_tokens, hidden]. dropout: p and seed."""
         out = _empty_like(hidden, memory_format=_CONTIGUOUS)
         if hidden.shape[0]:
             self.layer.forward(
@@ -402,6 +409,7 @@ class BaseMoEWrapper(PackedWeights):
                 to_dlpack(weights),
                 to_dlpack(out),
                 packed.adapter if packed is not None else None,
+                *dropout,
             )
         return out
 
@@ -412,7 +420,12 @@ class BaseMoEWrapper(PackedWeights):
     submit_forward = only_in("inference", "submit_forward")
     sync_forward = only_in("inference", "sync_forward")
     select_deferred_experts = only_in("inference", "select_deferred_experts")
+    add_adapter = only_in("inference", "add_adapter")
+    set_adapter = only_in("inference", "set_adapter")
+    delete_adapter = only_in("inference", "delete_adapter")
     init_lora_weights = only_in("sft", "init_lora_weights")
+    init_base_weights = only_in("sft", "init_base_weights")
+    update_base_weights = only_in("sft", "update_base_weights")
     update_lora_weights = only_in("sft", "update_lora_weights")
     forward_sft = only_in("sft", "forward_sft")
     backward = only_in("sft", "backward")

@@ -172,19 +172,29 @@ class SFTConfig:
     """What only training needs.
 
     `lora_rank` 1..4096 (1..256 is the range that the kernels are tuned for); the scale of the LoRA term is
-    `lora_alpha / lora_rank`; `max_cache_depth` forwards may wait for their backward.
+    `lora_alpha / lora_rank`, with `use_rslora` `lora_alpha / sqrt(lora_rank)`; `max_cache_depth` forwards may wait for
+    their backward. `full_weight_grad` is for methods that hold bf16.
     """
 
     lora_rank: int = 16
     lora_alpha: float = 32.0
     max_cache_depth: int = 1
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    full_weight_grad: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_rank", _integer("lora_rank", self.lora_rank, 1, MAX_RANK))
         object.__setattr__(self, "lora_alpha", _number("lora_alpha", self.lora_alpha))
         object.__setattr__(self, "max_cache_depth", _integer("max_cache_depth", self.max_cache_depth, 1))
+        object.__setattr__(self, "lora_dropout", _number("lora_dropout", self.lora_dropout))
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: got {self.lora_dropout}, expected 0 <= p < 1")
+        for name in ("use_rslora", "full_weight_grad"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a bool")
 
     @property
     def scaling(self) -> float:
         """Factor of the LoRA term."""
-        return self.lora_alpha / self.lora_rank
+        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.use_rslora else self.lora_rank)

@@ -24,11 +24,12 @@ LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora
 
 
 class LoraTensors(NamedTuple):
-    """The LoRA matrices of a layer, bf16 or fp32 on the CPU, any strides.
+    """The LoRA matrices of a layer, bf16 or fp32 on any device, any strides.
 
     gate_a, up_a [n_experts, rank, hidden]; gate_b, up_b [n_experts, inter, rank]; down_a [n_experts, rank, inter];
     down_b [n_experts, hidden, rank]. `gate_a` may be `up_a`; both gate matrices are None for experts without a gate.
-    `scaling` multiplies the LoRA term (alpha / rank).
+    `scaling` multiplies the LoRA term (alpha / rank). Packed copies are kept by `name`: adapters that take turns should
+    have different ones.
     """
 
     gate_a: Tensor | None
@@ -39,6 +40,7 @@ class LoraTensors(NamedTuple):
     down_b: Tensor
     scaling: float
     rank: int
+    name: str = ""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -46,9 +48,9 @@ class LoraTensors(NamedTuple):
         return tuple(t for t in self[:6] if t is not None)
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], scaling: float, rank: int) -> LoraTensors:
+    def of(cls, tensors: Sequence[Tensor], scaling: float, rank: int, name: str = "") -> LoraTensors:
         """The inverse of `tensors`."""
-        return cls._make((*(None,) * (6 - len(tensors)), *tensors, scaling, rank))
+        return cls._make((*(None,) * (6 - len(tensors)), *tensors, scaling, rank, name))
 
 
 def lora_shapes(
@@ -60,7 +62,7 @@ def lora_shapes(
 
 
 def check_lora(tensors: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]], prefix: str = "") -> None:
-    """TypeError (type, dtype, device) or ValueError (shape) naming the first tensor that does not fit.
+    """TypeError (type, dtype) or ValueError (shape) naming the first tensor that does not fit.
 
     tensors: six, of which the first two are None where `shapes` (as from `lora_shapes`) are those of no gate.
     """
@@ -73,8 +75,8 @@ def check_lora(tensors: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...
             raise TypeError(f"{prefix}{name}: got {type(tensor).__name__}, expected a torch.Tensor")
         if tensor.dtype not in (torch.bfloat16, torch.float32):
             raise TypeError(f"{prefix}{name}: got dtype {tensor.dtype}, expected torch.bfloat16 or torch.float32")
-        if not tensor.is_cpu:
-            raise TypeError(f"{prefix}{name}: got device {tensor.device}, expected cpu")
+        if tensor.is_meta:
+            raise TypeError(f"{prefix}{name}: got a tensor without values (device meta)")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{prefix}{name}: got shape {tuple(tensor.shape)}, expected {shape}")
 
@@ -119,14 +121,19 @@ class PackedLora:
 
 
 class LoraMirror:
-    """The packed LoRA of one layer, for tensors that the caller owns and changes. Safe to use from several threads."""
+    """The packed LoRA of one layer, for tensors that the caller owns and changes. Safe to use from several threads.
+
+    Keeps one packed copy for each of the last `MOST_NAMES` names.
+    """
+
+    MOST_NAMES = 8
 
     def __init__(self, pool: _ext.ThreadPool, n_experts: int, hidden: int, inter: int, gated: bool = True) -> None:
         _install_hook()
         self._pool = pool
         self._dims = (n_experts, hidden, inter)
         self._gated = gated
-        self._current: PackedLora | None = None
+        self._current: dict[str, PackedLora] = {}  # in order of use
         self._lock = threading.Lock()
         self.packs = 0
         """How often tensors have been packed."""
@@ -139,29 +146,33 @@ class LoraMirror:
         """
         key = (lora.scaling, lora.rank, _optimizer_steps, *map(_fingerprint, lora.tensors))
         with self._lock:
-            current = self._current
+            current = self._current.get(lora.name)
             if current is not None and current.key == key and not force:
+                self._current[lora.name] = self._current.pop(lora.name)
                 return current
             del current
             check_lora(lora[:6], lora_shapes(*self._dims, lora.rank, self._gated))
+            on_cpu = [None if t is None else t.detach().to("cpu") for t in lora[:6]]
             adapter = self._free_adapter(lora)
-            adapter.update(self._pool, *(None if t is None else to_dlpack(t.detach()) for t in lora[:6]))
+            adapter.update(self._pool, *(None if t is None else to_dlpack(t) for t in on_cpu))
             self.packs += 1
-            self._current = PackedLora(adapter, key, lora.tensors)
-            return self._current
+            self._current[lora.name] = packed = PackedLora(adapter, key, lora.tensors)
+            while len(self._current) > self.MOST_NAMES:
+                del self._current[next(iter(self._current))]
+            return packed
 
     def drop(self) -> None:
-        """Frees the packed copy, unless a forward that waits for its backward still holds it."""
+        """Frees the packed copies, unless a forward that waits for its backward still holds them."""
         with self._lock:
-            self._current = None
+            self._current.clear()
 
     def _after_fork(self) -> None:
         # Another thread of the parent may have held it.
         self._lock = threading.Lock()
 
     def _free_adapter(self, lora: LoraTensors) -> _ext.LoraAdapter:
-        """The present adapter if nobody else holds it and it fits, otherwise a new one."""
-        old, self._current = self._current, None
+        """The present adapter of this name if nobody else holds it and it fits, otherwise a new one."""
+        old = self._current.pop(lora.name, None)
         if old is not None:
             adapter, fits, holders = old.adapter, old.key[:2] == (lora.scaling, lora.rank), weakref.ref(old)
             del old

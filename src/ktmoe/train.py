@@ -20,6 +20,22 @@ class SavedForward(NamedTuple):
     packed: PackedLora | None
 
 
+class Dropout(NamedTuple):
+    """Elements of the input of LoRA's A are dropped with probability p; the same seed drops the same ones."""
+
+    p: float = 0.0
+    seed: int = 0
+
+    @classmethod
+    def draw(cls, p: float) -> Dropout:
+        """With a seed from torch's CPU generator: `torch.manual_seed` repeats it, and so does activation checkpointing,
+        which restores the generator before it recomputes a forward."""
+        return cls(p, int(torch.randint(2**62, (), device="cpu"))) if p else _NO_DROPOUT
+
+
+_NO_DROPOUT = Dropout()
+
+
 class Gradients(NamedTuple):
     """Results of one backward; None where not asked for."""
 
@@ -37,12 +53,22 @@ def empty_f32(shape: Sequence[int]) -> Tensor:
 
 
 def run_forward(
-    layer: _ext.MoeLayer, hidden: Tensor, ids: Tensor, weights: Tensor, packed: PackedLora | None
+    layer: _ext.MoeLayer,
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    packed: PackedLora | None,
+    dropout: Dropout = _NO_DROPOUT,
 ) -> tuple[Tensor, SavedForward]:
     """The output, bf16 [n_tokens, hidden], and what `run_backward` needs. Inputs as from `BaseMoEWrapper._inputs`."""
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     cache = layer.forward_train(
-        to_dlpack(hidden), to_dlpack(ids), to_dlpack(weights), to_dlpack(out), packed.adapter if packed else None
+        to_dlpack(hidden),
+        to_dlpack(ids),
+        to_dlpack(weights),
+        to_dlpack(out),
+        packed.adapter if packed else None,
+        *dropout,
     )
     return out, SavedForward(cache, packed)
 
@@ -55,12 +81,14 @@ def run_backward(
     hidden_dtype: torch.dtype | None,
     top_k: int | None,
     lora: list[Tensor] | None,
+    base: list[Tensor] | None = None,
 ) -> Gradients:
     """Gradients of one saved forward; may be called more than once for it.
 
     grad_out: bf16 [n_tokens, hidden]. hidden_dtype: bf16 or fp32, None = no gradient for hidden.
     top_k: None = no gradient for the routing weights. lora: fp32 C-contiguous tensors, one for
-    each LoRA tensor, that are overwritten.
+    each LoRA tensor, that are overwritten. base: fp32 or bf16, C-contiguous, the shapes of gate (if there is one), up
+    and down: overwritten with the gradients of the base weights.
     """
     n_tokens = grad_out.shape[0]
     hidden = None if hidden_dtype is None else torch.empty(grad_out.shape, dtype=hidden_dtype, device="cpu")
@@ -72,5 +100,6 @@ def run_backward(
         None if hidden is None else to_dlpack(hidden),
         None if weights is None else to_dlpack(weights),
         None if lora is None else [to_dlpack(t) for t in lora],
+        None if base is None else [to_dlpack(t) for t in base],
     )
     return Gradients(hidden, weights, lora)

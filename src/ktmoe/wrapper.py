@@ -41,6 +41,8 @@ class KTMoEWrapper(BaseMoEWrapper):
     method, mode: see `ktmoe.methods.METHODS`; mode is "inference" or "sft".
     lora_rank (1..4096, tuned for up to 256), lora_alpha, max_cache_depth: only with mode="sft". The LoRA term is scaled
         by lora_alpha / lora_rank; max_cache_depth forwards may wait for their backward.
+    lora_dropout (0 <= p < 1), use_rslora (scaled by lora_alpha / sqrt(lora_rank)), full_weight_grad (also gradients of
+        the expert weights; AMXBF16_SFT only): see `AMXSFTMoEWrapper`; only with mode="sft".
     gpu_experts_mask: bool [num_experts], which experts are on the GPU; wins over num_gpu_experts.
     group_size, zero_point: how RAWINT4 and AMXINT4_KGroup_SFT quantise bf16 tensors: 32, 64 or 128 weights to a scale,
         and whether such a group also gets a zero point (asymmetric). Files bring their own.
@@ -86,6 +88,9 @@ class KTMoEWrapper(BaseMoEWrapper):
         zero_point: bool = False,
         gguf_type: str = "Q4_K",
         activation: str = "silu",
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        full_weight_grad: bool = False,
     ) -> BaseMoEWrapper:
         row = resolve(method, mode)
         config = MoEConfig(
@@ -111,7 +116,8 @@ class KTMoEWrapper(BaseMoEWrapper):
             activation=activation,
         )
         if row.mode == "sft":
-            return AMXSFTMoEWrapper(config, row, SFTConfig(lora_rank, lora_alpha, max_cache_depth))
+            sft = SFTConfig(lora_rank, lora_alpha, max_cache_depth, lora_dropout, use_rslora, full_weight_grad)
+            return AMXSFTMoEWrapper(config, row, sft)
         return _INFERENCE[row.backend](config, row)
 
     # Servers call these before they capture CUDA graphs. There are no captured buffers on the CPU.

@@ -195,8 +195,9 @@ def test_absent_duplicate_and_no_tokens(wrapper) -> None:
     grad_out = random_grad(out)
     grads = torch.autograd.grad(out, leaves(hidden, weights, lora), grad_out)
     _, want = oracle_grads(wrapper, hidden, ids, weights, lora, grad_out)
-    for g, w in zip(grads, want, strict=True):
-        assert ref.relative(g, w) <= ref.gradient_tolerance(wrapper)
+    for n, (g, w) in enumerate(zip(grads, want, strict=True)):
+        # The router's gradients are five single products that may cancel: three standard deviations.
+        assert ref.relative(g, w) <= ref.gradient_tolerance(wrapper) * (3 if n == 1 else 1)
     assert (grads[0][1] == 0).all()
     hidden, ids, weights = inputs(0)
     out = moe_forward(wrapper, hidden, ids, weights, lora)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import dropout
+
 Lora = dict[str, torch.Tensor]  # gate_a [E, r, H], gate_b [E, I, r], up_a, up_b, down_a [E, r, I], down_b [E, H, r]
 Expert = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]  # gate (None: no gate), up [I, H], down [H, I]
 Weights = list[Expert]
@@ -87,6 +89,21 @@ ACTIVATIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Dropout:
+    p: float
+    seed: int
+
+    def masks(self, token: torch.Tensor, expert: int, hidden: int, inter: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """0 or 1 / (1 - p), of x [tokens, hidden] and of h [tokens, inter]."""
+
+        def mask(site: str, n: int) -> torch.Tensor:
+            kept = dropout.keep(self.p, self.seed, site, token.numpy(), expert, n)
+            return torch.from_numpy(kept * dropout.factor(self.p))
+
+        return mask("x", hidden), mask("h", inter)
+
+
 def lora_names(activation: Activation) -> tuple[str, ...]:
     """The LoRA matrices that there are."""
     return LORA_NAMES if activation.gated else LORA_NAMES[2:]
@@ -100,8 +117,9 @@ def expert_forward(
     rounding: Rounding,
     activation: Activation = SILU,
     biases: Expert | None = None,
+    masks: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """x [m, H] -> [m, H]."""
+    """x [m, H] -> [m, H]. masks: what LoRA's A sees of x [m, H] and of h [m, I] (0 or 1 / (1 - p))."""
 
     def project(v: torch.Tensor, which: int) -> torch.Tensor | None:
         w = weights[which]
@@ -110,7 +128,8 @@ def expert_forward(
         out = rounding.operand(v) @ w.T
         if lora is not None:
             a, b = (lora[n] for n in LORA_NAMES[2 * which : 2 * which + 2])
-            out = out + rounding.stored(scaling * (v @ a.T)) @ b.T
+            seen = v if masks is None else v * masks[which // 2]
+            out = out + rounding.stored(scaling * (seen @ a.T)) @ b.T
         bias = biases[which] if biases else None
         return out if bias is None else out + bias
 
@@ -128,6 +147,7 @@ def layer_forward(
     skipped: frozenset[int] = frozenset(),
     activation: Activation = SILU,
     biases: Biases | None = None,
+    drop: Dropout | None = None,
 ) -> torch.Tensor:
     """sum over slots of routing weight * expert(token); -1, E and `skipped` experts contribute nothing."""
     out = torch.zeros_like(hidden)
@@ -137,6 +157,7 @@ def layer_forward(
             continue
         adapters = None if lora is None else {name: matrix[e] for name, matrix in lora.items()}
         own = biases[e] if biases else None
-        y = expert_forward(expert, hidden[token], adapters, scaling, rounding, activation, own)
+        masks = drop.masks(token, e, hidden.shape[1], expert[1].shape[0]) if drop else None
+        y = expert_forward(expert, hidden[token], adapters, scaling, rounding, activation, own, masks)
         out = out.index_add(0, token, y * routing[token, slot, None])
     return out

@@ -12,6 +12,7 @@ from .experts import (
     SILU,
     Activation,
     Biases,
+    Dropout,
     Expert,
     Lora,
     Rounding,
@@ -21,6 +22,8 @@ from .experts import (
 )
 from .published import PUBLISHED, arrays
 from .registry import activations
+
+NO_DROPOUT = Dropout(0.0, 0)
 
 
 @dataclass(frozen=True)
@@ -191,13 +194,14 @@ class Layer:
         weights: torch.Tensor,
         lora: Lora | None = None,
         scaling: float = 1.0,
+        drop: Dropout | None = None,
     ) -> torch.Tensor:
         """The layer in float64 torch: differentiable, on the weights that the kernels use."""
         skipped = frozenset(e for e, gpu in enumerate(self.on_gpu or []) if gpu)
         biases = None if self.biases is None else [doubled(b) for b in self.biases]
         rounding = self.rounding
         return layer_forward(
-            self.dequantized(), hidden, ids, weights, lora, scaling, rounding, skipped, self.activation, biases
+            self.dequantized(), hidden, ids, weights, lora, scaling, rounding, skipped, self.activation, biases, drop
         )
 
     def adapter(self, lora: Lora, scaling: float = 1.0) -> "_ext.LoraAdapter":
@@ -206,14 +210,16 @@ class Layer:
         adapter.update(self.pool, *(lora.get(n) for n in LORA_NAMES))
         return adapter
 
-    def forward(self, x: Inputs, adapter: "_ext.LoraAdapter | None" = None) -> torch.Tensor:
+    def forward(self, x: Inputs, adapter: "_ext.LoraAdapter | None" = None, drop: Dropout = NO_DROPOUT) -> torch.Tensor:
         out = torch.full((x.tokens, self.shape.hidden), torch.nan, dtype=torch.bfloat16)
-        self.engine.forward(x.hidden, x.ids, x.weights, out, adapter)
+        self.engine.forward(x.hidden, x.ids, x.weights, out, adapter, drop.p, drop.seed)
         return out
 
-    def train(self, x: Inputs, adapter: "_ext.LoraAdapter | None" = None) -> tuple[torch.Tensor, "_ext.ForwardCache"]:
+    def train(
+        self, x: Inputs, adapter: "_ext.LoraAdapter | None" = None, drop: Dropout = NO_DROPOUT
+    ) -> tuple[torch.Tensor, "_ext.ForwardCache"]:
         out = torch.full((x.tokens, self.shape.hidden), torch.nan, dtype=torch.bfloat16)
-        return out, self.engine.forward_train(x.hidden, x.ids, x.weights, out, adapter)
+        return out, self.engine.forward_train(x.hidden, x.ids, x.weights, out, adapter, drop.p, drop.seed)
 
     def backward(
         self,

@@ -44,6 +44,9 @@ def test_signature_is_the_specified_one() -> None:
         "zero_point": False,
         "gguf_type": "Q4_K",
         "activation": "silu",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "full_weight_grad": False,
     }
 
 
@@ -165,6 +168,7 @@ BAD = [
     ("activation", None, TypeError),
     ("swiglu_limit", float("nan"), ValueError),
     ("swiglu_limit", "0", TypeError),
+    ("zero_point", 1, TypeError),
 ]
 BAD_SFT = [
     ("lora_rank", 0, ValueError),
@@ -174,6 +178,11 @@ BAD_SFT = [
     ("lora_alpha", float("inf"), ValueError),
     ("max_cache_depth", 0, ValueError),
     ("max_cache_depth", None, TypeError),
+    ("lora_dropout", 1.0, ValueError),
+    ("lora_dropout", -0.1, ValueError),
+    ("lora_dropout", None, TypeError),
+    ("use_rslora", 1, TypeError),
+    ("full_weight_grad", "yes", TypeError),
 ]
 
 

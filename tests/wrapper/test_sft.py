@@ -4,9 +4,11 @@ import threading
 
 import pytest
 import torch
+import torch.utils.checkpoint
 import torch_oracle as ref
 from torch_oracle import in_child
 
+from ktmoe.autograd import moe_forward
 from ktmoe.lora import LORA_NAMES, lora_shapes
 from ktmoe.sft import GRAD_NAMES
 
@@ -265,13 +267,13 @@ def test_one_packed_copy_suffices_for_a_training_loop() -> None:
     tensors = adapter()
     wrapper = tuned(tensors=tensors)
     inputs = ref.batch(SHAPE, 5)
-    first = wrapper._own_mirror._current.adapter
+    first = wrapper._own_mirror._current[""].adapter
     for _ in range(3):
         wrapper.forward_sft(*inputs)
         wrapper.backward(grad(5))
         in_place(tensors)
     wrapper.forward_sft(*inputs)
-    assert wrapper._own_mirror._current.adapter is first
+    assert wrapper._own_mirror._current[""].adapter is first
     assert wrapper._own_mirror.packs == 4
 
 
@@ -311,7 +313,12 @@ def test_gradient_buffers(dtype) -> None:
         (1, torch.zeros(SHAPE.experts, SHAPE.rank, SHAPE.inter), ValueError, "gate_lora_b: got shape"),
         (2, torch.zeros(SHAPE.rank, SHAPE.hidden), ValueError, "up_lora_a: got shape"),
         (3, torch.zeros(SHAPE.experts, SHAPE.inter, SHAPE.rank).half(), TypeError, "up_lora_b: got dtype"),
-        (4, torch.zeros(SHAPE.experts, SHAPE.rank, SHAPE.inter, device="meta"), TypeError, "down_lora_a: got device"),
+        (
+            4,
+            torch.zeros(SHAPE.experts, SHAPE.rank, SHAPE.inter, device="meta"),
+            TypeError,
+            "down_lora_a: got a tensor without values",
+        ),
         (5, None, TypeError, "down_lora_b: got NoneType"),
     ],
 )
@@ -395,3 +402,68 @@ def test_bad_gradient_is_named(value, error) -> None:
     with pytest.raises(error, match="^grad_output: got"):
         wrapper.backward(value)
     wrapper.backward(grad(4))
+
+
+# --- dropout -------------------------------------------------------------------------------------------------------
+def test_dropout_follows_torchs_generator_and_stops_in_eval() -> None:
+    plain, wrapper = tuned(), tuned(lora_dropout=0.4)
+    inputs = ref.batch(SHAPE, 7)
+    want = plain.forward_sft(*inputs, save_for_backward=False)
+    torch.manual_seed(3)
+    first, second = (wrapper.forward_sft(*inputs, save_for_backward=False) for _ in range(2))
+    assert (first != want).any()
+    assert (first != second).any()
+    torch.manual_seed(3)
+    assert torch.equal(wrapper.forward_sft(*inputs), first), "a forward that saves drops the same elements"
+    assert wrapper.eval() is wrapper
+    assert torch.equal(wrapper.forward_sft(*inputs, save_for_backward=False), want)
+    assert (wrapper.train().forward_sft(*inputs, save_for_backward=False) != want).any()
+
+
+def test_dropout_is_right_on_average() -> None:
+    """The mean over masks of an output that is linear in the LoRA term is the output without dropout."""
+    tensors = adapter()
+    for n in (0, 1, 2, 3):
+        tensors[n].zero_()  # down alone: h does not change, so the output is linear in its mask
+    wrapper, plain = tuned(tensors=tensors, lora_dropout=0.5), tuned(tensors=tensors)
+    base = ref.loaded(SHAPE, "AMXBF16_SFT").forward_sft(*ref.batch(SHAPE, 4), save_for_backward=False).double()
+    inputs = ref.batch(SHAPE, 4)
+    torch.manual_seed(0)
+    outs = torch.stack([wrapper.forward_sft(*inputs, save_for_backward=False).double() for _ in range(400)])
+    term = plain.forward_sft(*inputs, save_for_backward=False).double() - base
+    error = (outs.mean(0) - base - term).norm() / (outs.std(0).norm() / 400**0.5)
+    assert error < 1.5  # 1 is what independent masks give; the norm is over hundreds of elements
+    assert term.norm() > 5 * outs.std(0).norm() / 400**0.5
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_repeats_the_masks(use_reentrant) -> None:
+    wrapper = ref.loaded(SHAPE, "AMXBF16_SFT")
+    hidden, ids, weights = ref.batch(SHAPE, 9)
+
+    def gradients(checkpointed):
+        lora = ref.lora(SHAPE)
+        x = hidden.clone().requires_grad_()
+        torch.manual_seed(5)
+
+        def layer(x):
+            return moe_forward(wrapper, x, ids, weights, lora, dropout=0.3)
+
+        out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant) if checkpointed else layer(x)
+        torch.rand(7)  # others use the generator in between
+        out.backward(grad(9))
+        return out, x.grad, *(t.grad for t in lora.tensors)
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_rslora() -> None:
+    wrapper, plain = ref.loaded(SHAPE, "AMXBF16_SFT", lora_alpha=1.5, use_rslora=True), tuned()
+    assert wrapper.lora_scaling == pytest.approx(1.5 / SHAPE.rank**0.5)
+    same = ref.loaded(SHAPE, "AMXBF16_SFT", lora_alpha=1.5 * SHAPE.rank**0.5)
+    inputs = ref.batch(SHAPE, 5)
+    for w in (wrapper, same):
+        w.init_lora_weights(*adapter())
+    assert torch.equal(wrapper.forward_sft(*inputs), same.forward_sft(*inputs))
+    assert (wrapper.forward_sft(*inputs, save_for_backward=False) != plain.forward_sft(*inputs)).any()

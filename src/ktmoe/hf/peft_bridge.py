@@ -105,7 +105,7 @@ def active_lora(wrapper: Any, experts: nn.Module) -> LoraTensors | None:
             f"Several adapters are active on packed experts ({', '.join(sorted(adapters))}); ktmoe computes "
             "one at a time. Choose one with set_adapter(name)."
         )
-    return _to_engine(factors, experts) if factors else None
+    return _to_engine(factors, experts, next(iter(adapters))) if factors else None
 
 
 def _factors(wrapper: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -119,7 +119,7 @@ def _factors(wrapper: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, fl
     )
 
 
-def _to_engine(factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]], experts: Any) -> LoraTensors:
+def _to_engine(factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]], experts: Any, name: str) -> LoraTensors:
     """One rank and one scaling for all matrices: pads and rescales where they differ (``rank_pattern``).
 
     PEFT's factors have the same shapes whether the module stores its weights transposed or not.
@@ -147,6 +147,7 @@ def _to_engine(factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]], exp
         down_b=down_b,
         scaling=scaling,
         rank=rank,
+        name=name,
     )
 
 
