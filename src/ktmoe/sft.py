@@ -31,10 +31,16 @@ class LoraGrads(dict[str, Tensor]):
     """Gradient of the routing weights: fp32, shaped like the weights of the forward."""
 
 
+def _near(tensor: Tensor) -> Tensor:
+    """A copy in CPU memory of what is on another device. What has no values, or is no tensor, is refused later."""
+    return tensor.to("cpu") if isinstance(tensor, Tensor) and not tensor.is_cpu and not tensor.is_meta else tensor
+
+
 class _Waiting(NamedTuple):
     saved: SavedForward
     hidden_shape: torch.Size
     weights_shape: torch.Size
+    weights_device: torch.device
 
 
 class AMXSFTMoEWrapper(BaseMoEWrapper):
@@ -216,13 +222,15 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
     ) -> Tensor:
         """The weighted sum of the routed experts with their LoRA terms: bf16, shaped like hidden_states.
 
-        Arguments and errors as in `InferenceMoEWrapper.forward`. save_for_backward=True keeps what `backward` needs
-        (RuntimeError without LoRA weights, unless base weights are trained, and when max_cache_depth forwards wait
-        already); save_for_backward=False keeps nothing, and without LoRA weights runs the base experts alone.
+        Arguments and errors as in `InferenceMoEWrapper.forward`; tensors on other devices are copied here, and the
+        result back. save_for_backward=True keeps what `backward` needs (RuntimeError without LoRA weights, unless base
+        weights are trained, and when max_cache_depth forwards wait already); save_for_backward=False keeps nothing, and
+        without LoRA weights runs the base experts alone.
         """
         if not isinstance(save_for_backward, bool):
             raise TypeError(f"save_for_backward: got {save_for_backward!r}, expected a bool")
-        hidden, ids, flat_weights = self._inputs(hidden_states, expert_ids, weights)
+        device = hidden_states.device if isinstance(hidden_states, Tensor) else None
+        hidden, ids, flat_weights = self._inputs(_near(hidden_states), _near(expert_ids), _near(weights))
         with self._alone():
             packed: PackedLora | None = None
             if self._lora is not None:
@@ -230,15 +238,15 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
             training = self.training and packed is not None
             if not save_for_backward:
                 drop = Dropout.draw(self.lora_dropout if training else 0.0)
-                return self._forward(hidden, ids, flat_weights, packed, drop).view(hidden_states.shape)
+                return self._forward(hidden, ids, flat_weights, packed, drop).view(hidden_states.shape).to(device)
             if packed is None and self._base is None:
                 raise lora_not_initialized(self.layer_idx)
             if len(self._waiting) >= self.max_cache_depth:
                 raise cache_full(self.max_cache_depth)
             drop = Dropout.draw(self.lora_dropout if training else 0.0)
             out, saved = run_forward(self.layer, hidden, ids, flat_weights, packed, drop)
-            self._waiting.append(_Waiting(saved, hidden_states.shape, weights.shape))
-            return out.view(hidden_states.shape)
+            self._waiting.append(_Waiting(saved, hidden_states.shape, weights.shape, weights.device))
+            return out.view(hidden_states.shape).to(device)
 
     forward = forward_sft
 
@@ -247,8 +255,9 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
 
         grad_output: bf16, shaped like the output of that forward. Returns (grad_input, grad_loras): grad_input bf16 of
         the same shape; grad_loras has the fp32 gradients (six, or four for experts without a gate) and the attribute
-        `grad_topk_weights`. The values of the LoRA weights are those of that forward, whatever happened to the tensors
-        since. Gradients of base weights go to where `init_base_weights` said.
+        `grad_topk_weights`. Where gate_lora_a is up_lora_a both names have the sum. The values of the LoRA weights are
+        those of that forward, whatever happened to the tensors since. Gradients of base weights go to where
+        `init_base_weights` said.
         RuntimeError if weights or LoRA are not set, if no forward waits, or if `cache_idx` names none; TypeError and
         ValueError for grad_output, after which the forward still waits.
         """
@@ -258,11 +267,11 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
             raise lora_not_initialized(self.layer_idx)
         with self._alone():
             index = self._waiting_index(cache_idx)
-            saved, hidden_shape, weights_shape = self._waiting[index]
+            saved, hidden_shape, weights_shape, weights_device = self._waiting[index]
             grads = run_backward(
                 self.layer,
                 saved,
-                self._grad_rows(grad_output, hidden_shape),
+                self._grad_rows(_near(grad_output), hidden_shape),
                 hidden_dtype=torch.bfloat16,
                 top_k=self.num_experts_per_tok,
                 lora=self._grad_targets() if saved.packed is not None else None,
@@ -272,14 +281,16 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
             assert grads.hidden is not None  # all three were asked for
             assert grads.weights is not None
             of_lora = grads.lora or []
+            if of_lora and self._shared_a:
+                of_lora[0] = of_lora[2].add_(of_lora[0])
             for buffer, grad in zip(self._grad_buffers or (), of_lora, strict=False):
                 if buffer is not grad:
                     buffer.copy_(grad)
             names = GRAD_NAMES[len(GRAD_NAMES) - len(of_lora) :]
             devices = [t.device for t in self._lora.tensors] if self._lora is not None else []
         result = LoraGrads((n, g.to(d)) for n, g, d in zip(names, of_lora, devices, strict=False))
-        result.grad_topk_weights = grads.weights.view(weights_shape)
-        return grads.hidden.view(hidden_shape), result
+        result.grad_topk_weights = grads.weights.view(weights_shape).to(weights_device)
+        return grads.hidden.view(hidden_shape).to(grad_output.device), result
 
     def clear_forward_cache(self) -> None:
         """Drops all forwards that wait for a backward, for example after a step that was abandoned."""
@@ -305,10 +316,17 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
         """fp32 tensors for the engine to write: the caller's buffers where they fit, new ones elsewhere."""
         if self._grad_buffers is None:
             return [empty_f32(shape) for shape in self._lora_shapes()]
-        return [
+        targets = [
             b if b.dtype is torch.float32 and b.is_cpu and b.is_contiguous() else empty_f32(b.shape)
             for b in self._grad_buffers
         ]
+        if self._shared_a:  # its two buffers may be one, too
+            targets[0] = empty_f32(targets[0].shape)
+        return targets
+
+    @property
+    def _shared_a(self) -> bool:
+        return self._lora is not None and self._lora.gate_a is self._lora.up_a
 
     def _grad_rows(self, grad_output: Tensor, shape: torch.Size) -> Tensor:
         if not isinstance(grad_output, Tensor):

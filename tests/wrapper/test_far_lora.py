@@ -47,6 +47,25 @@ def test_stateful_training() -> None:
                 there.mul_(-0.5)
 
 
+def test_stateful_training_with_far_activations() -> None:
+    plain, wrapper = (ref.loaded(SHAPE, "AMXBF16_SFT", lora_alpha=ALPHA) for _ in range(2))
+    for w in (plain, wrapper):
+        w.init_lora_weights(*(t.detach().clone() for t in ref.lora(SHAPE).tensors))
+    inputs = ref.batch(SHAPE, 9)
+    want = plain.forward_sft(*inputs)
+    with FarDevice():
+        got = wrapper.forward_sft(*map(FarTensor, inputs))
+        assert isinstance(got, FarTensor)
+        assert torch.equal(near(got), want)
+        assert torch.equal(near(wrapper.forward_sft(*map(FarTensor, inputs), save_for_backward=False)), want)
+        dx, grads = wrapper.backward(FarTensor(grad(9)))
+    want_dx, want_grads = plain.backward(grad(9))
+    assert torch.equal(near(dx), want_dx)
+    assert torch.equal(near(grads.grad_topk_weights), want_grads.grad_topk_weights)
+    assert isinstance(grads.grad_topk_weights, FarTensor)
+    assert all(torch.equal(grads[name], g) and not isinstance(grads[name], FarTensor) for name, g in want_grads.items())
+
+
 def test_the_mirror_is_renewed_only_by_changes() -> None:
     wrapper = ref.loaded(SHAPE, "AMXBF16_SFT", lora_alpha=ALPHA)
     far = [FarTensor(t.detach().clone()) for t in ref.lora(SHAPE).tensors]

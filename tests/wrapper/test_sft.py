@@ -467,3 +467,24 @@ def test_rslora() -> None:
         w.init_lora_weights(*adapter())
     assert torch.equal(wrapper.forward_sft(*inputs), same.forward_sft(*inputs))
     assert (wrapper.forward_sft(*inputs, save_for_backward=False) != plain.forward_sft(*inputs)).any()
+
+
+# --- gate and up share A -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("buffers", ["none", "apart", "one"])
+def test_a_shared_a_gets_the_sum(buffers) -> None:
+    tensors = adapter()
+    tensors[2] = tensors[0]
+    apart, shared = tuned(tensors=[t.clone() for t in tensors]), tuned(tensors=tensors)
+    own = [torch.full(t.shape, 7.0) for t in tensors]
+    if buffers == "one":
+        own[2] = own[0]
+    if buffers != "none":
+        shared.init_lora_weights(*tensors, *own)
+    inputs = ref.batch(SHAPE, 9)
+    assert torch.equal(apart.forward_sft(*inputs), shared.forward_sft(*inputs))
+    want, got = apart.backward(grad(9))[1], shared.backward(grad(9))[1]
+    total = want["grad_gate_lora_a"] + want["grad_up_lora_a"]
+    for n, name in enumerate(GRAD_NAMES):
+        exact = total if name in ("grad_gate_lora_a", "grad_up_lora_a") else want[name]
+        assert torch.equal(got[name], exact), name
+        assert buffers == "none" or torch.equal(own[n], exact), name
