@@ -95,3 +95,21 @@ def test_a_cache_of_a_layer_that_is_gone() -> None:
         new = Layer(large, "bf16", "", pool=pool)
         with pytest.raises(ValueError, match="cache: got one of another layer"):
             new.backward(cache, grad_out(5, 128))
+
+
+@pytest.mark.parametrize("rank", [0, 4, 16, 64])
+@pytest.mark.parametrize(("hidden", "inter", "top_k"), [(256, 128, 4), (100, 70, 2)])
+def test_size_is_that_of_x_gate_and_up(hidden: int, inter: int, top_k: int, rank: int) -> None:
+    """2 hidden + 4 top_k inter bytes a token, padded to whole panels, and little more: 6 rank and 20 bytes a row."""
+    shape = Shape(8, top_k, hidden, inter)
+    layer = Layer(shape, "bf16", "")
+    adapter = layer.adapter(make_lora(shape, rank)) if rank else None
+
+    def up(n: int, step: int) -> int:
+        return -(-n // step) * step
+
+    for tokens in (1, 17, 60):
+        _, cache = layer.train(make_inputs(shape, tokens), adapter)
+        row = 4 * up(inter, 16) + 2 * up(2 * rank, 32) + 2 * up(rank, 32) + 20
+        assert cache.nbytes <= tokens * (2 * hidden + top_k * row)
+        assert cache.nbytes >= tokens * (2 * hidden + 4 * top_k * inter)

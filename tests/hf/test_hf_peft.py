@@ -118,9 +118,10 @@ def test_adapter_file_opens_everywhere(checkpoint: Checkpoint, routing: Any, tmp
     assert float(direction) > 0.99
 
 
-def test_disable_and_switch_adapters(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("method", ["AMXBF16_SFT", "AMXINT4"])
+def test_disable_and_switch_adapters(checkpoint: Checkpoint, method: str) -> None:
     folder, ids = checkpoint("olmoe"), tokens()
-    base = from_pretrained(folder)
+    base = from_pretrained(folder, method=method)
     expected = logits(base, ids)
     model = get_peft_model(base, lora_config(r=4))
     assert torch.equal(logits(model, ids), expected)  # B = 0
@@ -132,8 +133,13 @@ def test_disable_and_switch_adapters(checkpoint: Checkpoint) -> None:
     model.add_adapter("second", lora_config(r=2))
     model.set_adapter("second")
     assert torch.equal(logits(model, ids), expected)
+    packs = [experts.backend.mirror.packs for experts in model.modules() if getattr(experts, "is_ktmoe", False)]
     model.set_adapter("default")
     assert torch.equal(logits(model, ids), first)
+    model.set_adapter("second")
+    assert torch.equal(logits(model, ids), expected)
+    again = [experts.backend.mirror.packs for experts in model.modules() if getattr(experts, "is_ktmoe", False)]
+    assert again == packs, "adapters that take turns are not packed again"
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="Several adapters are active on packed experts"):
         logits(model, ids)
