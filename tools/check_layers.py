@@ -18,7 +18,7 @@ CPP = {
 }
 # Python: a module of a level may import lower levels and its own.
 LEVELS = [
-    {"errors", "cache", "memory"},
+    {"errors", "cache", "cpu_share", "memory"},
     {"config", "methods"},
     {"capsule", "runtime", "io", "deferred"},
     {"lora", "base_weights", "packing"},
