@@ -23,6 +23,7 @@ LEVELS = [
     {"capsule", "runtime", "io", "deferred"},
     {"lora", "base_weights", "packing"},
     {"packed_weights"},
+    {"export"},
     {"base"},
     {"adapters", "inference", "sft", "autograd", "train"},
     {"wrapper"},

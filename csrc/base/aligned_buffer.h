@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -13,11 +14,16 @@
 
 namespace ktmoe {
 
+// For tests: the n-th allocation from now fails; 0: none.
+inline std::atomic<int> failing_allocation{0};
+
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
   explicit AlignedBuffer(std::size_t bytes) : bytes_(bytes) {
     if (bytes == 0) return;
+    if (failing_allocation.load(std::memory_order_relaxed) > 0 && failing_allocation.fetch_sub(1) == 1)
+      fail(ErrorKind::memory, "[allocate] ", bytes, " bytes refused for a test");
     if (bytes >= kMapFrom) {
       void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) fail(ErrorKind::memory, "[allocate] ", bytes, " bytes refused by the system");

@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bindings/raw_parts.h"
 #include "moe/repack.h"
 
 namespace ktmoe {
@@ -92,10 +93,8 @@ RawBlock raw_matrix(const char* name, const std::vector<InArray>& arrays, Weight
   RawBlock raw{};
   for (std::size_t i = 0; i < expected; ++i) {
     TensorArg<InArray> a("load_expert_raw", name, arrays[i]);
-    const bool bytes = i == 0 ? info.published() : parts[i].bytes == 1;
-    const Dtype dtype = bytes ? Dtype::uint8 : parts[i].bytes == 2 ? Dtype::bf16 : Dtype::fp32;
-    const std::size_t row_bytes = raw_row_bytes(parts[i], k), element = dtype == Dtype::fp32 ? 4 : dtype == Dtype::bf16 ? 2 : 1;
-    a.dtype({dtype}).shape({n, static_cast<std::int64_t>(row_bytes / element)}).contiguous();
+    const Dtype dtype = info.published() ? raw_part_dtype(info, i) : Dtype::bf16;
+    a.dtype({dtype}).shape({n, static_cast<std::int64_t>(raw_row_bytes(parts[i], k) / dtype_bytes(dtype))}).contiguous();
     raw.part[i] = a.data<std::byte>();
   }
   return raw;

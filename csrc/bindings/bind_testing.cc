@@ -230,6 +230,8 @@ void init_testing(nb::module_& parent) {
     d.dtype({Dtype::bf16}).shape({n});
     kernels_for(isa_from_name(isa)).round_row(s.data<float>(), n, d.data<bf16>());
   });
+  // The n-th allocation of a buffer from now fails; 0 stops that. Returns how many were still to come.
+  m.def("fail_allocation", [](int n) { return failing_allocation.exchange(n); });
   // Every task from `from` on fails: the pool's error path.
   m.def("failing_job", [](ThreadPool& pool, int tasks, int from) {
     const WithoutGil nogil;

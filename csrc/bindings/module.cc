@@ -12,6 +12,7 @@ namespace ktmoe {
 void init_cpu(nb::module_& m);
 void init_runtime(nb::module_& m);
 void init_layer(nb::module_& m);
+void init_export(nb::module_& m);
 void init_testing(nb::module_& m);
 
 namespace {
@@ -44,6 +45,7 @@ NB_MODULE(_ext, m) {
   init_cpu(m);
   init_runtime(m);
   init_layer(m);
+  init_export(m);
   init_testing(m);
 }
 

@@ -237,7 +237,12 @@ ThreadPool::State& ThreadPool::state() {
 
 ThreadPool::Session::Session(ThreadPool& pool, bool serial) : pool_(pool), state_(pool.state()), serial_(serial) {
   state_.order.lock();
-  state_.shared.reset();
+  try {
+    state_.shared.reset();  // may allocate
+  } catch (...) {
+    state_.order.unlock();
+    throw;
+  }
 }
 ThreadPool::Session::~Session() {
   state_.order.unlock();

@@ -218,5 +218,18 @@ class MoeLayer:
         """Writes (overwrites) every output given. A cache may be used more than once.
         RuntimeError "LoRA weights changed ..." if `lora` was updated since the forward."""
 
+def unpack_expert(
+    packed: Array,  # uint8, C-contiguous: what MoeLayer.read_expert gives
+    hidden: int,
+    inter: int,
+    gate_up_format: str,
+    down_format: str,
+    gate: list[Array] | None,  # out, as up; None exactly without a gate
+    up: list[Array],  # out: the parts of a matrix [inter, hidden] in its format
+    down: list[Array],  # out: of [hidden, inter]
+) -> None:
+    """Packed bytes back into plain arrays, without loss. Parts are those of `MoeLayer.load_expert_raw`, bit for bit; of
+    bf16: the numbers; of int8 and int4: exact int8 [n, k] and one fp32 scale a row [n]."""
+
 # --- for tests: see csrc/bindings/bind_testing.cc -----------------------------------------------------------------
 testing: Any

@@ -299,6 +299,40 @@ class BaseMoEWrapper(PackedWeights):
         else:
             self.layer.load_expert_raw(expert, *arrays, **biases)
 
+    def expert_weights(self, expert: int) -> PublishedExpert:
+        """The matrices of a loaded expert as plain tensors on the CPU, bit for bit in the formats of this layer.
+
+        `matrices` are gate (None without one), up [inter, hidden], down [hidden, inter]; each has `format`, `parts`
+        (see `ktmoe.io.published`) and `shape`. int4 (AMXINT4) comes as the exact int8 numbers it computes with.
+        Without biases. ValueError for an expert that has no weights here.
+        """
+        from .export import export_expert
+
+        return export_expert(self.layer, expert, self.hidden_size, self.moe_intermediate_size, self.gated)
+
+    def copy_expert_weights_to(self, expert: int, gate: Tensor | None, up: Tensor, down: Tensor) -> None:
+        """Writes the weights of a loaded expert into tensors of any float dtype, on any device.
+
+        gate (None without one), up [inter, hidden], down [hidden, inter]. Errors as in `expert_weights`; TypeError or
+        ValueError for a tensor that does not fit, before anything is written.
+        """
+        from .io.published import dequantize
+
+        shape = self.moe_intermediate_size, self.hidden_size
+        targets = (("gate", gate, shape), ("up", up, shape), ("down", down, shape[::-1]))
+        for name, target, expected in targets:
+            if name == "gate" and not self.gated:
+                if target is not None:
+                    raise TypeError(f"gate: got {_kind(target)}, expected None: these experts have no gate")
+            elif not isinstance(target, Tensor) or not target.dtype.is_floating_point:
+                raise TypeError(f"{name}: got {_kind(target)}, expected a floating point torch.Tensor")
+            elif tuple(target.shape) != expected:
+                raise ValueError(f"{name}: got shape {tuple(target.shape)}, expected {expected}")
+        with torch.no_grad():
+            for matrix, (_, target, _) in zip(self.expert_weights(expert).matrices, targets, strict=True):
+                if matrix is not None and target is not None:
+                    target.copy_(dequantize(matrix))
+
     def _check_weights(self, lead: tuple[int, ...], tensors: Sequence[Tensor | None]) -> None:
         """tensors: the three matrices and their biases, of as many experts as `lead` says."""
         h, i = self.hidden_size, self.moe_intermediate_size

@@ -8,6 +8,8 @@
     q4_0 q8_0 q4_k      uint8 [n, bytes of a row], exactly as GGUF stores a row of kp
     q5_k q6_k iq4_nl
 
+    int8                int8 [n, k]; fp32 scales [n]; w = value * scale; comes out of the engine alone
+
 kp is k rounded up to whole groups or blocks; the weights behind k are zeros.
 """
 
@@ -165,6 +167,9 @@ def dequantize(matrix: PublishedMatrix) -> Tensor:
     n, k = matrix.shape
     if matrix.format == "bf16":
         return matrix.parts[0].float()
+    if matrix.format == "int8":
+        values, scales = matrix.parts
+        return values.float() * scales[:, None]
     if matrix.format in INT4_GROUPS:
         packed, scales, *zeros = matrix.parts
         codes = unpack_nibbles(packed).float().view(n, scales.shape[1], -1)
