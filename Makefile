@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format bench build clean
+.PHONY: demo test soak lint format bench build clean
 .DEFAULT_GOAL := build
 
 # The virtual environment with everything that the habits below use, and the extension built from csrc/.
@@ -23,6 +23,9 @@ demo: build  ## make a small MoE model, fine-tune it on the standard library's d
 
 test: build
 	$(PY) -m pytest -q -n auto --dist loadfile $(ARGS)
+
+soak: build  ## the long versions of the lifecycle tests: 10,000 layers, 1,000 exits, 200 forks, an hour's worth of calls
+	KTMOE_SOAK=1 $(PY) -m pytest -q tests/lifecycle/test_soak.py tests/lifecycle/test_process_exit.py $(ARGS)
 
 lint: build
 	$(VENV)/bin/ruff check .

@@ -24,7 +24,7 @@ ENDINGS = [
 
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
-    run = subprocess.run([sys.executable, str(PROGRAM)], capture_output=True, text=True, timeout=400)
+    run = subprocess.run([sys.executable, str(PROGRAM)], capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 
