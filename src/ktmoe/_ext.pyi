@@ -44,22 +44,34 @@ class Ticket:
     """One submitted task."""
 
     def wait(self) -> None:
-        """Blocks until the task has run; raises what the task raised (each time it is asked)."""
+        """Blocks until the task has run; raises what the task raised (each time it is asked), RuntimeError if the queue
+        was closed before it began. Signal handlers run meanwhile: Ctrl-C ends the wait."""
     @property
     def done(self) -> bool: ...
 
 class TaskQueue:
     """One FIFO of submitted forwards, run by one thread that starts on the first submit and sleeps when idle."""
 
-    def __init__(self) -> None: ...
+    def __init__(self, capacity: int = 256) -> None: ...
+    @property
+    def capacity(self) -> int:
+        """Tasks that may wait for their turn; the one that runs is not counted."""
     def submit_forward(
-        self, layer: MoeLayer, hidden: Array, ids: Array, weights: Array, out: Array, lora: LoraAdapter | None = None
+        self,
+        layer: MoeLayer,
+        hidden: Array,
+        ids: Array,
+        weights: Array,
+        out: Array,
+        lora: LoraAdapter | None = None,
+        block: bool = True,
     ) -> Ticket:
-        """Copies hidden, ids and weights before it returns; `out` is kept alive and written by the task."""
+        """Copies hidden, ids and weights before it returns; `out` is kept alive and written by the task.
+        Waits for room in a full queue, as `Ticket.wait` waits; with block=False it is a RuntimeError."""
     def drain(self) -> None:
         """Waits until every submitted task has run (errors stay with their tickets)."""
     def close(self, timeout_s: float) -> None:
-        """Drains for at most timeout_s; later submits are a RuntimeError."""
+        """Later submits are a RuntimeError. Waits for at most timeout_s, then cancels the tasks that have not begun."""
 
 # --- one layer ----------------------------------------------------------------------------------------------------
 class LoraAdapter:

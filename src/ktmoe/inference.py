@@ -41,18 +41,26 @@ class InferenceMoEWrapper(BaseMoEWrapper):
         return out if hidden is hidden_states else out.view(hidden_states.shape)
 
     def submit_forward(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream: int | None = None
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        cuda_stream: int | None = None,
+        *,
+        block: bool = True,
     ) -> None:
         """Starts a forward and returns. The inputs are copied: the caller may overwrite them at once.
 
-        Arguments and errors as in `forward`, but an invalid expert id is reported by `sync_forward`.
+        Arguments and errors as in `forward`, but an invalid expert id is reported by `sync_forward`. The queue of an
+        engine is bounded (`CPUInfer.queue_capacity`): where it is full, this waits for room, or raises RuntimeError
+        with block=False. RuntimeError after `cpu_infer.close()`.
         """
         hidden, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights)
         out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         ticket = None
         if hidden.shape[0]:
             ticket = self.cpu_infer.queue.submit_forward(
-                self.layer, to_dlpack(hidden), to_dlpack(ids), to_dlpack(weights), to_dlpack(out)
+                self.layer, to_dlpack(hidden), to_dlpack(ids), to_dlpack(weights), to_dlpack(out), None, block
             )
         self._pending.append((ticket, out.view(hidden_states.shape)))
 
