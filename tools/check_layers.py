@@ -14,7 +14,8 @@ CPP = {
     "format": {"base"},
     "kernels": {"base", "format"},
     "moe": {"base", "format", "kernels", "runtime"},
-    "bindings": {"base", "format", "kernels", "runtime", "moe"},
+    "serve": {"base", "format", "kernels", "runtime", "moe"},
+    "bindings": {"base", "format", "kernels", "runtime", "moe", "serve"},
 }
 # Python: a module of a level may import lower levels and its own.
 LEVELS = [

@@ -5,7 +5,7 @@
 
 #include <utility>
 
-#include "bindings/bind_layer.h"
+#include "bindings/bind_job.h"
 #include "bindings/release.h"
 #include "runtime/task_queue.h"
 #include "runtime/thread_pool.h"
@@ -22,41 +22,6 @@ std::shared_ptr<ThreadPool> make_pool(const std::vector<int>& threads, const std
   for (std::size_t i = 0; i < threads.size(); ++i) subpools.push_back({threads[i], nodes[i]});
   return std::make_shared<ThreadPool>(std::move(subpools));
 }
-
-// Copies of a forward's inputs, so that the caller may overwrite its own at once.
-struct QueuedForward {
-  std::vector<bf16> hidden;
-  std::vector<std::int32_t> ids32;
-  std::vector<std::int64_t> ids64;
-  std::vector<float> weights32;
-  std::vector<bf16> weights16;
-  int n_tokens;
-
-  QueuedForward(const ForwardArgs& args, const MoeConfig& config) : n_tokens(args.routing.n_tokens) {
-    for (int t = 0; t < n_tokens; ++t) {
-      const bf16* row = args.hidden.data + t * args.hidden.ld;
-      hidden.insert(hidden.end(), row, row + config.hidden);
-    }
-    const std::size_t slots = static_cast<std::size_t>(n_tokens) * static_cast<std::size_t>(config.top_k);
-    const Routing& r = args.routing;
-    if (r.ids32) ids32.assign(r.ids32, r.ids32 + slots);
-    if (r.ids64) ids64.assign(r.ids64, r.ids64 + slots);
-    if (r.weights32) weights32.assign(r.weights32, r.weights32 + slots);
-    if (r.weights16) weights16.assign(r.weights16, r.weights16 + slots);
-  }
-  Routing routing() const {
-    auto or_null = [](const auto& v) { return v.empty() ? nullptr : v.data(); };
-    return {n_tokens, or_null(ids32), or_null(ids64), or_null(weights32), or_null(weights16)};
-  }
-};
-
-// What a queued forward keeps alive.
-struct Kept : Releasable {
-  Kept(std::shared_ptr<MoeLayer> l, std::shared_ptr<LoraAdapter> a, const OutArray& o) : layer(std::move(l)), lora(std::move(a)), out(o) {}
-  std::shared_ptr<MoeLayer> layer;
-  std::shared_ptr<LoraAdapter> lora;
-  OutArray out;
-};
 
 // wait(time) without the GIL until it says true. In between, Python handles signals (Ctrl-C), and what finished is released.
 template <class Wait>
@@ -83,15 +48,17 @@ TaskQueue::Ticket submit(TaskQueue& queue, TaskQueue::Task task, bool block) {
 TaskQueue::Ticket submit_forward(TaskQueue& queue, std::shared_ptr<MoeLayer> layer, const InArray& hidden, const InArray& ids,
                                  const InArray& weights, const OutArray& out, std::shared_ptr<LoraAdapter> lora, bool block) {
   const ReleaseAtExit release;
-  const ForwardArgs args = forward_args("submit_forward", *layer, hidden, ids, weights);
-  bf16* dst = forward_out("submit_forward", *layer, args, out);
-  auto job = std::make_shared<QueuedForward>(args, layer->config());
-  auto kept = share_releasable(std::make_unique<Kept>(std::move(layer), std::move(lora), out));
-  auto task = [job, dst, kept = std::move(kept)] {
-    const MoeLayer& l = *kept->layer;
-    l.forward({job->hidden.data(), l.config().hidden}, job->routing(), dst, kept->lora.get());
-  };
-  return submit(queue, std::move(task), block);
+  auto job = make_job("submit_forward", std::move(layer), hidden, ids, weights, out, std::move(lora), {});
+  return submit(queue, [job] { job->run_now(); }, block);
+}
+
+TaskQueue::Ticket submit_now(TaskQueue& queue, const OwningJob& job, bool block) {
+  return submit(queue, [job = job.shared] { job->run_now(); }, block);
+}
+
+TaskQueue::Ticket submit_later(TaskQueue& queue, const OwningJob& job) {
+  require(job.shared->defers(), ErrorKind::runtime, "[submit_later] job: got one that defers nothing");
+  return queue.submit_beyond_capacity([job = job.shared] { job->run_later(); });
 }
 
 void close(TaskQueue& queue, double timeout_s) {
@@ -116,6 +83,8 @@ void init_runtime(nb::module_& m) {
       .def_prop_ro("capacity", &TaskQueue::capacity)
       .def("submit_forward", &submit_forward, nb::arg("layer"), nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),
            nb::arg("lora").none() = nb::none(), nb::arg("block") = true)
+      .def("submit", &submit_now, nb::arg("job"), nb::arg("block") = true)
+      .def("submit_later", &submit_later, nb::arg("job"))
       .def("drain", [](TaskQueue& q) { wait_interruptibly([&](Seconds time) { return q.drain(time); }); })
       .def("close", &close, nb::arg("timeout_s"));
 }

@@ -12,6 +12,7 @@ namespace ktmoe {
 void init_cpu(nb::module_& m);
 void init_runtime(nb::module_& m);
 void init_layer(nb::module_& m);
+void init_job(nb::module_& m);
 void init_testing(nb::module_& m);
 void init_queue_testing(nb::module_& m);
 
@@ -45,6 +46,7 @@ NB_MODULE(_ext, m) {
   init_cpu(m);
   init_runtime(m);
   init_layer(m);
+  init_job(m);
   init_testing(m);
   init_queue_testing(m);
 }

@@ -68,10 +68,32 @@ class TaskQueue:
     ) -> Ticket:
         """Copies hidden, ids and weights before it returns; `out` is kept alive and written by the task.
         Waits for room in a full queue, as `Ticket.wait` waits; with block=False it is a RuntimeError."""
+    def submit(self, job: ForwardJob, block: bool = True) -> Ticket:
+        """The first part of a job, as `submit_forward` does it."""
+    def submit_later(self, job: ForwardJob) -> Ticket:
+        """The deferred experts of a job that has been submitted. It was admitted then: this does not wait for room."""
     def drain(self) -> None:
         """Waits until every submitted task has run (errors stay with their tickets)."""
     def close(self, timeout_s: float) -> None:
         """Later submits are a RuntimeError. Waits for at most timeout_s, then cancels the tasks that have not begun."""
+
+class ForwardJob:
+    """A forward in two parts: `out` = the experts that run now, and what `earlier`, the job of a layer before, has put
+    off; if `later` is given, `later` = the other experts. protected_k: as in `ktmoe.deferred.select_deferred_experts`,
+    with the routing weights as scores. hidden, ids and weights are copied."""
+
+    def __init__(
+        self,
+        layer: MoeLayer,
+        hidden: Array,
+        ids: Array,
+        weights: Array,
+        out: Array,  # bf16 [n_tokens, hidden]
+        lora: LoraAdapter | None = None,
+        protected_k: int = 0,
+        later: Array | None = None,  # bf16 [n_tokens, hidden]
+        earlier: ForwardJob | None = None,
+    ) -> None: ...
 
 # --- one layer ----------------------------------------------------------------------------------------------------
 class LoraAdapter:

@@ -413,6 +413,7 @@ class BaseMoEWrapper(PackedWeights):
     submit_forward = only_in("inference", "submit_forward")
     sync_forward = only_in("inference", "sync_forward")
     select_deferred_experts = only_in("inference", "select_deferred_experts")
+    flush_deferred = only_in("inference", "flush_deferred")
     init_lora_weights = only_in("sft", "init_lora_weights")
     update_lora_weights = only_in("sft", "update_lora_weights")
     forward_sft = only_in("sft", "forward_sft")

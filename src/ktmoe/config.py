@@ -1,7 +1,6 @@
 """Validated parameters of a layer. Every check on what a user passes to `KTMoEWrapper` is here.
 
-Messages name the argument, what it got and what is expected. TypeError for a wrong type, ValueError for a wrong value,
-NotImplementedError for a value whose feature is not built yet.
+Messages name the argument, what it got and what is expected. TypeError for a wrong type, ValueError for a wrong value.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ class MoEConfig:
         except TypeError:
             raise TypeError(f"weight_path: got {self.weight_path!r}, expected the path of a folder") from None
         self._check_activation(put)
-        self._check_unbuilt()
+        self._check_inference(put)
 
     def _check_gpu(self, put: Any, prefix: int) -> None:
         if self.gpu_experts_mask is None:
@@ -153,16 +152,12 @@ class MoEConfig:
                 raise ValueError(f"{name}: got {value} with activation={self.activation!r}, expected 0.0")
             put(name, value)
 
-    def _check_unbuilt(self) -> None:
-        """Accepted by the signature for the sake of its clients, but no code behind it yet."""
+    def _check_inference(self, put: Any) -> None:
         if not isinstance(self.cpu_save, bool):
             raise TypeError(f"cpu_save: got {self.cpu_save!r}, expected a bool")
         if self.max_deferred_experts_per_token is not None:
-            deferred = _integer("max_deferred_experts_per_token", self.max_deferred_experts_per_token, 0)
-            if deferred:
-                raise NotImplementedError(
-                    f"max_deferred_experts_per_token={deferred} is not implemented yet: pass None or 0"
-                )
+            name = "max_deferred_experts_per_token"
+            put(name, _integer(name, self.max_deferred_experts_per_token, 0))
 
 
 @dataclass(frozen=True)

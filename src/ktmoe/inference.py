@@ -11,11 +11,9 @@ from . import _ext
 from .base import BaseMoEWrapper
 from .capsule import to_dlpack
 from .config import MoEConfig
-from .deferred import select_deferred_experts
+from .deferred import Forward, select_deferred_experts
 from .methods import Method
 from .runtime import reset_after_fork
-
-_TicketAndResult = tuple["_ext.Ticket | None", Tensor]
 
 
 class InferenceMoEWrapper(BaseMoEWrapper):
@@ -23,7 +21,10 @@ class InferenceMoEWrapper(BaseMoEWrapper):
 
     def __init__(self, config: MoEConfig, method: Method) -> None:
         super().__init__(config, method)
-        self._pending: deque[_TicketAndResult] = deque()
+        self._pending: deque[QueuedForward] = deque()
+        # What a layer defers goes into the next layer of the same model. Nothing names a model but its files and width.
+        self._chain = self.cpu_infer.chain((config.weight_path, config.hidden_size))
+        self._chain.add(self)
         reset_after_fork(self)
 
     def forward(
@@ -35,9 +36,13 @@ class InferenceMoEWrapper(BaseMoEWrapper):
         here". topk_weights: fp32 or bf16 [..., top_k]. cuda_stream is not used with CPU tensors.
         More tokens than chunked_prefill_size are processed in chunks.
         RuntimeError before load_weights; TypeError for a dtype or device, ValueError for a shape or an expert id.
+        Where layers of the model defer experts, this is `submit_forward` and its `sync_forward`.
         """
         hidden, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights)
-        out = self._forward(hidden, ids, weights)
+        if self._chain.defers:
+            out = self._start(hidden, ids, weights, block=True).result()
+        else:
+            out = self._forward(hidden, ids, weights)
         return out if hidden is hidden_states else out.view(hidden_states.shape)
 
     def submit_forward(
@@ -54,15 +59,18 @@ class InferenceMoEWrapper(BaseMoEWrapper):
         Arguments and errors as in `forward`, but an invalid expert id is reported by `sync_forward`. The queue of an
         engine is bounded (`CPUInfer.queue_capacity`): where it is full, this waits for room, or raises RuntimeError
         with block=False. RuntimeError after `cpu_infer.close()`.
+
+        With max_deferred_experts_per_token > 0 the result has only the immediate experts of
+        `select_deferred_experts(topk_ids, topk_weights, top_k - max_deferred_experts_per_token)` in it, and what the
+        layer before has deferred; the others run behind it in the queue, and are in the result of the next layer of
+        the same model that is submitted, that is, the next higher layer_idx in this pass, for as many tokens, in the
+        same thread. Layers belong to one model if they share the engine, weight_path and hidden_size. The layer with
+        the highest layer_idx of those that exist defers nothing. `flush_deferred` is for a pass that ends earlier.
         """
         hidden, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights)
-        out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        ticket = None
-        if hidden.shape[0]:
-            ticket = self.cpu_infer.queue.submit_forward(
-                self.layer, to_dlpack(hidden), to_dlpack(ids), to_dlpack(weights), to_dlpack(out), None, block
-            )
-        self._pending.append((ticket, out.view(hidden_states.shape)))
+        forward = self._start(hidden, ids, weights, block)
+        forward.shape = hidden_states.shape
+        self._pending.append(forward)
 
     def sync_forward(self, hidden_states: Tensor | None = None, cuda_stream: int | None = None) -> Tensor:
         """Waits for the oldest submitted forward of this layer and returns its result, a tensor of its own.
@@ -71,20 +79,95 @@ class InferenceMoEWrapper(BaseMoEWrapper):
         raises what the forward raised.
         """
         try:
-            ticket, out = self._pending.popleft()
+            forward = self._pending.popleft()
         except IndexError:
             raise RuntimeError("No submitted forward. Call submit_forward(...) before sync_forward()") from None
-        if ticket is not None:
-            ticket.wait()
-        return out
+        return forward.result().view(forward.shape)
+
+    def flush_deferred(self) -> Tensor | None:
+        """What this thread's pass has deferred and no layer has picked up: bf16 [n_tokens, hidden], or None.
+
+        For a pass that ends before the last layer: add it to the output. May be called on any layer of the model.
+        """
+        left = self._chain.flush()
+        return None if left is None else left.deferred_result()
 
     def select_deferred_experts(self, expert_ids: Tensor, scores: Tensor, protected_k: int) -> tuple[Tensor, Tensor]:
         """(immediate_ids, deferred_ids): see `ktmoe.deferred.select_deferred_experts`."""
         return select_deferred_experts(expert_ids, scores, protected_k)
 
+    def _start(self, hidden: Tensor, ids: Tensor, weights: Tensor, block: bool) -> QueuedForward:
+        """Submits inputs from `_inputs`, and what belongs to the layers around."""
+        chain, n_tokens = self._chain, hidden.shape[0]
+        earlier = chain.left_for(self.layer_idx, n_tokens, None) if chain.defers else None
+        forward = QueuedForward(self, (hidden, ids, weights), self._protected_k(), earlier, block)
+        if chain.defers:
+            chain.leave(forward if forward.later is not None else None, earlier)
+        return forward
+
+    def _protected_k(self) -> int:
+        """Entries of a token that must not be deferred; top_k: nothing is."""
+        top_k, deferred = self.num_experts_per_tok, self.max_deferred_experts_per_token
+        if not deferred or self._chain.is_last(self.layer_idx):
+            return top_k
+        return max(0, top_k - deferred)
+
     def _after_fork(self) -> None:
         # The results belong to the parent's queue; nobody would ever write them here.
         self._pending = deque()
+
+
+class QueuedForward:
+    """A submitted forward of CPU tensors."""
+
+    place: object = None
+
+    def __init__(
+        self,
+        wrapper: InferenceMoEWrapper,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        protected_k: int,
+        earlier: Forward | None,
+        block: bool,
+    ) -> None:
+        hidden, ids, weights = inputs
+        self.layer_idx, self.n_tokens = wrapper.layer_idx, hidden.shape[0]
+        self.shape = hidden.shape
+        self.out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        self.later: Tensor | None = None
+        self.job: _ext.ForwardJob | None = None
+        self.ticket: _ext.Ticket | None = None
+        if not self.n_tokens:
+            return
+        queue = wrapper.cpu_infer.queue
+        layer, top_k = wrapper.layer, wrapper.num_experts_per_tok
+        x, i, w, out = to_dlpack(hidden), to_dlpack(ids), to_dlpack(weights), to_dlpack(self.out)
+        if protected_k == top_k and earlier is None:
+            self.ticket = queue.submit_forward(layer, x, i, w, out, None, block)
+            return
+        if protected_k < top_k:
+            self.later = torch.empty_like(self.out)
+        later = None if self.later is None else to_dlpack(self.later)
+        added = None if earlier is None else earlier.job
+        self.job = _ext.ForwardJob(layer, x, i, w, out, None, protected_k, later, added)
+        self.ticket = queue.submit(self.job, block)
+        if later is not None:
+            self.later_ticket = queue.submit_later(self.job)
+
+    def result(self) -> Tensor:
+        """Waits for it: bf16 [n_tokens, hidden]. Raises what the forward raised."""
+        if self.ticket is not None:
+            self.ticket.wait()
+        return self.out
+
+    def deferred_result(self) -> Tensor:
+        """Waits for the deferred experts: bf16 [n_tokens, hidden]."""
+        assert self.later is not None
+        self.later_ticket.wait()
+        return self.later
+
+    def drop_deferred(self) -> None:
+        """The queue finishes it and lets it go."""
 
 
 class AMXMoEWrapper(InferenceMoEWrapper):

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from . import _ext
 from .config import MoEConfig
+from .deferred import LayerChain
 from .errors import engine_closed, shut_down
 
 log = logging.getLogger("ktmoe")
@@ -167,6 +168,7 @@ class CPUInfer:
         self.closed = False
         self.pool = _ext.ThreadPool(list(config.subpool_thread_count), list(config.subpool_numa_map))
         self._queue: _ext.TaskQueue | None = None
+        self._chains: dict[object, LayerChain] = {}
         self._lock = threading.Lock()
         reset_after_fork(self)
 
@@ -184,6 +186,13 @@ class CPUInfer:
             if self._queue is None:
                 self._queue = _ext.TaskQueue(self.queue_capacity)
             return self._queue
+
+    def chain(self, model: object) -> LayerChain:
+        """The layers of one model, whatever names it."""
+        with self._lock:
+            if model not in self._chains:
+                self._chains[model] = LayerChain()
+            return self._chains[model]
 
     def sync(self) -> None:
         """Waits until everything submitted so far has run. Errors stay with the results that they belong to."""
@@ -213,6 +222,8 @@ class CPUInfer:
             _parents_queues.append(self._queue)
         self._queue = None
         self._lock = threading.Lock()
+        for chain in self._chains.values():
+            chain._after_fork()
 
 
 _lock = threading.Lock()

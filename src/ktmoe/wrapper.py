@@ -37,7 +37,10 @@ class KTMoEWrapper(BaseMoEWrapper):
     chunked_prefill_size: tokens that are processed at a time; bounds the working memory.
     cpu_save: keep the packed experts on disk, in the folder ktmoe-METHOD under weight_path; the next load_weights maps
         them, with or without cpu_save, as long as the weight files of weight_path have not changed.
-    max_deferred_experts_per_token: only None or 0 so far.
+    max_deferred_experts_per_token: inference only: so many experts of a token, those of the least weight, may run while
+        the next layer has begun already; their part goes into the output of the next MoE layer of the model, and the
+        last one defers nothing (see `InferenceMoEWrapper.submit_forward`). It changes the model's numbers a little, so
+        None or 0, the default, is off; more than num_experts_per_tok is all of them.
     method, mode: see `ktmoe.methods.METHODS`; mode is "inference" or "sft".
     lora_rank (1..4096, tuned for up to 256), lora_alpha, max_cache_depth: only with mode="sft". The LoRA term is scaled
         by lora_alpha / lora_rank; max_cache_depth forwards may wait for their backward.
