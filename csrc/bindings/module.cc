@@ -13,6 +13,7 @@ void init_cpu(nb::module_& m);
 void init_runtime(nb::module_& m);
 void init_layer(nb::module_& m);
 void init_job(nb::module_& m);
+void init_stream(nb::module_& m);
 void init_testing(nb::module_& m);
 void init_queue_testing(nb::module_& m);
 
@@ -47,6 +48,7 @@ NB_MODULE(_ext, m) {
   init_runtime(m);
   init_layer(m);
   init_job(m);
+  init_stream(m);
   init_testing(m);
   init_queue_testing(m);
 }

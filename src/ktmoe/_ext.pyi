@@ -95,6 +95,39 @@ class ForwardJob:
         earlier: ForwardJob | None = None,
     ) -> None: ...
 
+class StreamErrors:
+    """Of the forwards that ran on streams."""
+
+    def __init__(self) -> None: ...
+    def check(self) -> None:
+        """Raises the first error since the last call, if there is one."""
+
+class StreamForward:
+    """A `ForwardJob` that a CUDA stream starts and waits for, through host functions of the driver library
+    (KTMOE_CUDA_DRIVER, or libcuda.so.1). It works on the caller's memory, which it keeps alive and the stream fills and
+    empties. An error fills the output with NaN and goes to `errors`. A captured graph may run it again and again."""
+
+    def __init__(
+        self,
+        queue: TaskQueue,
+        errors: StreamErrors,
+        name: str,  # for messages
+        layer: MoeLayer,
+        arrays: list[Array],  # n_tokens, int32 [1], read when the stream starts the forward: rows behind become zeros;
+        # hidden, ids, weights, out of all rows, as in MoeLayer.forward, C-contiguous
+        lora: LoraAdapter | None = None,
+        protected_k: int = 0,
+        later: Array | None = None,
+        earlier: StreamForward | None = None,
+        life: str = "once",  # "once" | "kept": launched often | "captured": launched into graphs
+    ) -> None: ...
+    # Each enqueues one step on a stream (CUstream as an integer). RuntimeError if there is no driver or it refuses.
+    def start(self, stream: int) -> None: ...
+    def wait(self, stream: int) -> None: ...
+    def wait_later(self, stream: int) -> None: ...
+    def settle(self, stream: int) -> None:
+        """Waits for both parts, whatever becomes of them."""
+
 # --- one layer ----------------------------------------------------------------------------------------------------
 class LoraAdapter:
     """The packed mirror of the LoRA matrices of one layer: six, or four (no gate) with gated=False."""

@@ -33,6 +33,7 @@ _WEIGHT_DTYPES = (_F32, _BF16)
 _BIASES = ("gate_bias", "up_bias", "down_bias")
 _empty_like = torch.empty_like
 _CONTIGUOUS = torch.contiguous_format
+_CPU = torch.device("cpu")
 
 
 def only_in(mode: str, name: str) -> Callable[..., Any]:
@@ -374,12 +375,14 @@ class BaseMoEWrapper(PackedWeights):
             pass
         return self._unusual_inputs(hidden, ids, weights)
 
-    def _unusual_inputs(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Leading dimensions, strides, or a mistake."""
+    def _unusual_inputs(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, device: torch.device = _CPU
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Leading dimensions, strides, another device, or a mistake."""
         k = self.num_experts_per_tok
-        _check_input("hidden_states", hidden, (_BF16,))
-        _check_input("topk_ids", ids, _ID_DTYPES)
-        _check_input("topk_weights", weights, _WEIGHT_DTYPES)
+        _check_input("hidden_states", hidden, (_BF16,), device)
+        _check_input("topk_ids", ids, _ID_DTYPES, device)
+        _check_input("topk_weights", weights, _WEIGHT_DTYPES, device)
         lead = tuple(hidden.shape[:-1])
         if hidden.dim() < 2 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {tuple(hidden.shape)}, expected (..., {self.hidden_size})")
@@ -436,12 +439,10 @@ def _check_weight(name: str, tensor: object, shape: tuple[int, ...], dtypes: tup
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
 
 
-def _check_input(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_input(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.is_cuda:
-        raise NotImplementedError(f"{name}: got a tensor on {tensor.device}; only CPU tensors are supported so far")
-    if not tensor.is_cpu:
-        raise TypeError(f"{name}: got device {tensor.device}, expected cpu")
+    if tensor.device != device:
+        raise TypeError(f"{name}: got device {tensor.device}, expected {device}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")

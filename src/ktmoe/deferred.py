@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .streams import of_parent
+
 
 def select_deferred_experts(expert_ids: Tensor, scores: Tensor, protected_k: int) -> tuple[Tensor, Tensor]:
     """Splits the routing of a batch into experts that must run now and experts that may be deferred.
@@ -108,4 +110,5 @@ class LayerChain:
         return left
 
     def _after_fork(self) -> None:
-        self._pass = threading.local()  # what is left would be computed in the parent
+        of_parent.append(self._pass)  # what is left would be computed there
+        self._pass = threading.local()

@@ -12,8 +12,11 @@ from .base import BaseMoEWrapper
 from .capsule import to_dlpack
 from .config import MoEConfig
 from .deferred import Forward, select_deferred_experts
+from .errors import weights_not_loaded
 from .methods import Method
 from .runtime import reset_after_fork
+from .stream_forward import Jobs, StreamForward, place_of
+from .streams import Stream, of_parent, stream_of
 
 
 class InferenceMoEWrapper(BaseMoEWrapper):
@@ -21,7 +24,9 @@ class InferenceMoEWrapper(BaseMoEWrapper):
 
     def __init__(self, config: MoEConfig, method: Method) -> None:
         super().__init__(config, method)
-        self._pending: deque[QueuedForward] = deque()
+        self._pending: deque[QueuedForward | StreamForward] = deque()
+        self._jobs: Jobs = Jobs()
+        self._jobs_of: _ext.MoeLayer = self.layer
         # What a layer defers goes into the next layer of the same model. Nothing names a model but its files and width.
         self._chain = self.cpu_infer.chain((config.weight_path, config.hidden_size))
         self._chain.add(self)
@@ -33,11 +38,17 @@ class InferenceMoEWrapper(BaseMoEWrapper):
         """The weighted sum of the routed experts: bf16, shaped like hidden_states. Keeps no graph.
 
         hidden_states: bf16 [..., hidden]. topk_ids: int32 or int64 [..., top_k]; -1 and num_experts mean "not routed
-        here". topk_weights: fp32 or bf16 [..., top_k]. cuda_stream is not used with CPU tensors.
+        here". topk_weights: fp32 or bf16 [..., top_k]. All on the CPU or on one CUDA device; the result is there too.
+        cuda_stream: for CUDA tensors, the stream (CUstream as an integer) that has made them and goes on with the
+        result, None: the current one; not used with CPU tensors. Nothing waits for the stream: see `submit_forward`.
         More tokens than chunked_prefill_size are processed in chunks.
         RuntimeError before load_weights; TypeError for a dtype or device, ValueError for a shape or an expert id.
         Where layers of the model defer experts, this is `submit_forward` and its `sync_forward`.
         """
+        stream = stream_of(hidden_states, cuda_stream)
+        if stream is not None:
+            started = self._start_on(stream, hidden_states, topk_ids, topk_weights)
+            return self._finish(started).view(hidden_states.shape)
         hidden, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights)
         if self._chain.defers:
             out = self._start(hidden, ids, weights, block=True).result()
@@ -66,23 +77,45 @@ class InferenceMoEWrapper(BaseMoEWrapper):
         the same model that is submitted, that is, the next higher layer_idx in this pass, for as many tokens, in the
         same thread. Layers belong to one model if they share the engine, weight_path and hidden_size. The layer with
         the highest layer_idx of those that exist defers nothing. `flush_deferred` is for a pass that ends earlier.
+
+        CUDA tensors: everything is enqueued on the stream, and the forward begins when the stream gets there (it is the
+        stream that waits for room). In a stream that is being captured all of it becomes part of the graph; the batch
+        size must then be one of `KTMoEWrapper.set_capture_batch_sizes`. An error of such a forward makes its result NaN
+        and is raised by the next `sync_forward` of any layer of the engine.
         """
-        hidden, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights)
-        forward = self._start(hidden, ids, weights, block)
+        forward: QueuedForward | StreamForward
+        stream = stream_of(hidden_states, cuda_stream)
+        if stream is not None:
+            forward = self._start_on(stream, hidden_states, topk_ids, topk_weights)
+        else:
+            hidden, ids, weights = self._inputs(hidden_states, topk_ids, topk_weights)
+            forward = self._start(hidden, ids, weights, block)
         forward.shape = hidden_states.shape
         self._pending.append(forward)
 
     def sync_forward(self, hidden_states: Tensor | None = None, cuda_stream: int | None = None) -> Tensor:
         """Waits for the oldest submitted forward of this layer and returns its result, a tensor of its own.
 
-        hidden_states is accepted for the sake of clients and not used. RuntimeError if nothing was submitted;
-        raises what the forward raised.
+        hidden_states is accepted for the sake of clients and not used. CUDA tensors: the stream waits, not the caller;
+        cuda_stream is that of submit_forward (ValueError otherwise) or None.
+        RuntimeError if nothing was submitted; raises what the forward raised.
         """
         try:
+            forward = self._pending[0]
+            if cuda_stream is not None and forward.place is not None and cuda_stream != forward.handle:
+                raise ValueError(f"cuda_stream: got {cuda_stream}, expected {forward.handle} as in submit_forward")
             forward = self._pending.popleft()
         except IndexError:
             raise RuntimeError("No submitted forward. Call submit_forward(...) before sync_forward()") from None
-        return forward.result().view(forward.shape)
+        return self._finish(forward).view(forward.shape)
+
+    def discard_submitted(self) -> None:
+        """Forgets the submitted forwards of this layer that nobody will sync: for a pass that was given up.
+
+        What is in the queue still runs. What they have deferred is dropped when the next pass begins.
+        """
+        while self._pending:
+            self._pending.popleft().abandon()
 
     def flush_deferred(self) -> Tensor | None:
         """What this thread's pass has deferred and no layer has picked up: bf16 [n_tokens, hidden], or None.
@@ -105,6 +138,34 @@ class InferenceMoEWrapper(BaseMoEWrapper):
             chain.leave(forward if forward.later is not None else None, earlier)
         return forward
 
+    def _start_on(self, stream: Stream, hidden: Tensor, ids: Tensor, weights: Tensor) -> StreamForward:
+        """The same on a stream."""
+        if not self.layer.loaded:
+            raise weights_not_loaded(self.layer_idx)
+        if self._jobs_of is not self.layer:  # it was loaded again: nothing may keep the old weights
+            self._jobs, self._jobs_of = Jobs(), self.layer
+        chain = self._chain
+        with stream.use():
+            inputs = self._unusual_inputs(hidden, ids, weights, hidden.device)
+            earlier = chain.left_for(self.layer_idx, inputs[0].shape[0], place_of(stream))
+            forward = StreamForward(self, self._jobs, stream, inputs, self._protected_k(), earlier)
+        chain.leave(forward if forward.later is not None else None, earlier)
+        return forward
+
+    def _finish(self, forward: QueuedForward | StreamForward) -> Tensor:
+        """Its result. An error of an earlier one on a stream is raised when this one is on its way."""
+        if forward.place is None:
+            return forward.result()
+        error: Exception | None = None
+        try:
+            self.cpu_infer.raise_stream_error()
+        except Exception as found:
+            error = found
+        out = forward.result()
+        if error is not None:
+            raise error
+        return out
+
     def _protected_k(self) -> int:
         """Entries of a token that must not be deferred; top_k: nothing is."""
         top_k, deferred = self.num_experts_per_tok, self.max_deferred_experts_per_token
@@ -114,13 +175,15 @@ class InferenceMoEWrapper(BaseMoEWrapper):
 
     def _after_fork(self) -> None:
         # The results belong to the parent's queue; nobody would ever write them here.
-        self._pending = deque()
+        of_parent.append((self._pending, self._jobs))
+        self._pending, self._jobs = deque(), Jobs()
 
 
 class QueuedForward:
     """A submitted forward of CPU tensors."""
 
     place: object = None
+    handle = 0
 
     def __init__(
         self,
@@ -168,6 +231,9 @@ class QueuedForward:
 
     def drop_deferred(self) -> None:
         """The queue finishes it and lets it go."""
+
+    def abandon(self) -> None:
+        """The same."""
 
 
 class AMXMoEWrapper(InferenceMoEWrapper):

@@ -22,6 +22,7 @@ from . import _ext
 from .config import MoEConfig
 from .deferred import LayerChain
 from .errors import engine_closed, shut_down
+from .staging import StagingPool
 
 log = logging.getLogger("ktmoe")
 # Without a handler Python writes warnings to stderr; what is shown is the application's decision.
@@ -169,6 +170,8 @@ class CPUInfer:
         self.pool = _ext.ThreadPool(list(config.subpool_thread_count), list(config.subpool_numa_map))
         self._queue: _ext.TaskQueue | None = None
         self._chains: dict[object, LayerChain] = {}
+        self.staging = StagingPool()
+        self.stream_errors = _ext.StreamErrors()
         self._lock = threading.Lock()
         reset_after_fork(self)
 
@@ -199,6 +202,13 @@ class CPUInfer:
         if self._queue is not None:
             self._queue.drain()
 
+    def raise_stream_error(self) -> None:
+        """Raises the first error of a forward on a CUDA stream that no `sync_forward` has raised yet, once.
+
+        Only who replays graphs needs it: no `sync_forward` runs then. The results of such a forward are NaN.
+        """
+        self.stream_errors.check()
+
     def close(self, timeout_s: float = 10.0) -> None:
         """Ends the queue: every later submit of a layer of this engine is a RuntimeError.
 
@@ -222,6 +232,7 @@ class CPUInfer:
             _parents_queues.append(self._queue)
         self._queue = None
         self._lock = threading.Lock()
+        self.staging._after_fork()
         for chain in self._chains.values():
             chain._after_fork()
 

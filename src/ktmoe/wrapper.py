@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from . import staging
 from .base import BaseMoEWrapper
 from .config import MoEConfig, SFTConfig
 from .inference import (
@@ -57,8 +59,6 @@ class KTMoEWrapper(BaseMoEWrapper):
     ValueError for an unknown mode, a method of the other mode, and a value out of range; TypeError for a wrong type;
     NotImplementedError for what is not built yet.
     """
-
-    _capture_batch_sizes: list[int] = []  # noqa: RUF012  # class-level on purpose, as its clients expect
 
     def __new__(  # type: ignore[misc]  # a factory: its products are not instances of it
         cls,
@@ -114,17 +114,37 @@ class KTMoEWrapper(BaseMoEWrapper):
             return AMXSFTMoEWrapper(config, row, SFTConfig(lora_rank, lora_alpha, max_cache_depth))
         return _INFERENCE[row.backend](config, row)
 
-    # Servers call these before they capture CUDA graphs. There are no captured buffers on the CPU.
+    # For servers that capture CUDA graphs: class-level, as they expect.
     @staticmethod
     def set_capture_batch_sizes(capture_bs: Sequence[int]) -> None:
-        """Remembers the batch sizes of a server's CUDA graphs."""
-        KTMoEWrapper._capture_batch_sizes = [int(size) for size in capture_bs]
+        """Batch sizes of a server's CUDA graphs: forwards of these many CUDA tokens keep their host memory.
+
+        To be called before anything is captured. ValueError for a size below 1.
+        """
+        sizes = [operator.index(size) for size in capture_bs]
+        if any(size < 1 for size in sizes):
+            raise ValueError(f"capture_bs: got {sizes}, expected sizes of at least 1")
+        staging.set_captured_sizes(sizes)
 
     @staticmethod
     def get_capture_batch_sizes() -> list[int]:
         """The batch sizes set last."""
-        return list(KTMoEWrapper._capture_batch_sizes)
+        return staging.captured_sizes()
+
+    @staticmethod
+    def set_replay_batch_size(captured: int, n_tokens: int) -> None:
+        """From now on, graphs captured with `captured` tokens compute the first n_tokens only; the others become zeros.
+
+        Read whenever a graph runs, so not to be called while one does. ValueError unless 0 <= n_tokens <= captured.
+        """
+        if not 0 <= n_tokens <= captured:
+            raise ValueError(f"n_tokens: got {n_tokens}, expected 0..{captured}")
+        staging.replay_size(captured)[0] = n_tokens
 
     @staticmethod
     def clear_buffer_cache() -> None:
-        """Frees buffers that are kept between calls: there are none for CPU tensors."""
+        """Frees the memory kept for captured batch sizes, once the devices have finished: none for CPU tensors.
+
+        Graphs captured before must not run any more.
+        """
+        staging.clear_all()
