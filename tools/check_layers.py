@@ -14,18 +14,20 @@ CPP = {
     "format": {"base"},
     "kernels": {"base", "format"},
     "moe": {"base", "format", "kernels", "runtime"},
-    "bindings": {"base", "format", "kernels", "runtime", "moe"},
+    "serve": {"base", "format", "kernels", "runtime", "moe"},
+    "bindings": {"base", "format", "kernels", "runtime", "moe", "serve"},
 }
 # Python: a module of a level may import lower levels and its own.
 LEVELS = [
     {"errors", "cache", "cpu_share", "memory"},
     {"config", "methods"},
-    {"capsule", "runtime", "io", "deferred"},
+    {"streams"},
+    {"capsule", "runtime", "io", "deferred", "staging"},
     {"lora", "base_weights", "packing"},
     {"packed_weights"},
     {"export"},
     {"base"},
-    {"adapters", "inference", "sft", "autograd", "train"},
+    {"adapters", "inference", "stream_forward", "sft", "autograd", "train"},
     {"wrapper"},
     {"hf"},
     {"cli"},

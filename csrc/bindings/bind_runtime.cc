@@ -3,10 +3,10 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <atomic>
 #include <utility>
 
-#include "bindings/bind_layer.h"
+#include "bindings/bind_job.h"
+#include "bindings/release.h"
 #include "runtime/task_queue.h"
 #include "runtime/thread_pool.h"
 
@@ -23,78 +23,49 @@ std::shared_ptr<ThreadPool> make_pool(const std::vector<int>& threads, const std
   return std::make_shared<ThreadPool>(std::move(subpools));
 }
 
-// Copies of a forward's inputs, so that the caller may overwrite its own at once.
-struct QueuedForward {
-  std::vector<bf16> hidden;
-  std::vector<std::int32_t> ids32;
-  std::vector<std::int64_t> ids64;
-  std::vector<float> weights32;
-  std::vector<bf16> weights16;
-  int n_tokens;
-
-  QueuedForward(const ForwardArgs& args, const MoeConfig& config) : n_tokens(args.routing.n_tokens) {
-    for (int t = 0; t < n_tokens; ++t) {
-      const bf16* row = args.hidden.data + t * args.hidden.ld;
-      hidden.insert(hidden.end(), row, row + config.hidden);
+// wait(time) without the GIL until it says true. In between, Python handles signals (Ctrl-C), and what finished is released.
+template <class Wait>
+void wait_interruptibly(Wait wait) {
+  const ReleaseAtExit release;
+  for (;;) {
+    {
+      const WithoutGil nogil;
+      if (wait(Seconds(0.1))) return;
     }
-    const std::size_t slots = static_cast<std::size_t>(n_tokens) * static_cast<std::size_t>(config.top_k);
-    const Routing& r = args.routing;
-    if (r.ids32) ids32.assign(r.ids32, r.ids32 + slots);
-    if (r.ids64) ids64.assign(r.ids64, r.ids64 + slots);
-    if (r.weights32) weights32.assign(r.weights32, r.weights32 + slots);
-    if (r.weights16) weights16.assign(r.weights16, r.weights16 + slots);
-  }
-  Routing routing() const {
-    auto or_null = [](const auto& v) { return v.empty() ? nullptr : v.data(); };
-    return {n_tokens, or_null(ids32), or_null(ids64), or_null(weights32), or_null(weights16)};
-  }
-};
-
-// What a queued forward keeps alive. Python objects may be released only with the GIL, which the queue's thread never asks for: what
-// it has finished with waits here until a caller comes by with the GIL.
-struct Kept {
-  std::shared_ptr<MoeLayer> layer;
-  std::shared_ptr<LoraAdapter> lora;
-  OutArray out;
-  Kept* next = nullptr;
-};
-
-// A list without a lock, because fork() may come between any two instructions of the queue's thread.
-std::atomic<Kept*> finished{nullptr};
-
-void add_finished(Kept* kept) {
-  kept->next = finished.load(std::memory_order_relaxed);
-  while (!finished.compare_exchange_weak(kept->next, kept, std::memory_order_release, std::memory_order_relaxed)) {
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
   }
 }
 
-void release_finished() {  // with the GIL
-  for (Kept* k = finished.exchange(nullptr, std::memory_order_acquire); k;) delete std::exchange(k, k->next);
+TaskQueue::Ticket submit(TaskQueue& queue, TaskQueue::Task task, bool block) {
+  for (;;) {
+    if (auto ticket = queue.try_submit(task)) return *ticket;
+    require(block, ErrorKind::runtime, "[submit_forward] the queue is full: got ", queue.capacity(),
+            " tasks that wait, expected fewer than its bound, ", queue.capacity());
+    wait_interruptibly([&](Seconds time) { return queue.wait_for_room(time); });
+  }
 }
-
-struct ReleaseFinished {
-  ~ReleaseFinished() { release_finished(); }
-};
 
 TaskQueue::Ticket submit_forward(TaskQueue& queue, std::shared_ptr<MoeLayer> layer, const InArray& hidden, const InArray& ids,
-                                 const InArray& weights, const OutArray& out, std::shared_ptr<LoraAdapter> lora) {
-  const ReleaseFinished release;
-  const ForwardArgs args = forward_args("submit_forward", *layer, hidden, ids, weights);
-  bf16* dst = forward_out("submit_forward", *layer, args, out);
-  auto job = std::make_shared<QueuedForward>(args, layer->config());
-  std::shared_ptr<Kept> kept(new Kept{std::move(layer), std::move(lora), out}, &add_finished);
-  return queue.submit([job, dst, kept = std::move(kept)] {
-    const MoeLayer& l = *kept->layer;
-    l.forward({job->hidden.data(), l.config().hidden}, job->routing(), dst, kept->lora.get());
-  });
+                                 const InArray& weights, const OutArray& out, std::shared_ptr<LoraAdapter> lora, bool block) {
+  const ReleaseAtExit release;
+  auto job = make_job("submit_forward", std::move(layer), hidden, ids, weights, out, std::move(lora), {});
+  return submit(queue, [job] { job->run_now(); }, block);
 }
 
-// f() without the GIL; then, with it, what finished meanwhile is released.
-template <class F>
-void wait_without_gil(F f) {
-  const ReleaseFinished release;
+TaskQueue::Ticket submit_now(TaskQueue& queue, const OwningJob& job, bool block) {
+  return submit(queue, [job = job.shared] { job->run_now(); }, block);
+}
+
+TaskQueue::Ticket submit_later(TaskQueue& queue, const OwningJob& job) {
+  require(job.shared->defers(), ErrorKind::runtime, "[submit_later] job: got one that defers nothing");
+  return queue.submit_beyond_capacity([job = job.shared] { job->run_later(); });
+}
+
+void close(TaskQueue& queue, double timeout_s) {
+  require(timeout_s >= 0 && timeout_s < 1e9, ErrorKind::value, "[TaskQueue] timeout_s: got ", timeout_s, ", expected 0 to 1e9");
+  const ReleaseAtExit release;
   const WithoutGil nogil;
-  f();
+  queue.close(Seconds(timeout_s));
 }
 
 }  // namespace
@@ -105,16 +76,17 @@ void init_runtime(nb::module_& m) {
       .def_prop_ro("threads", &ThreadPool::threads)
       .def_prop_ro("started", &ThreadPool::started);
   nb::class_<TaskQueue::Ticket>(m, "Ticket")
-      .def("wait", [](const TaskQueue::Ticket& t) { wait_without_gil([&] { t.wait(); }); })
+      .def("wait", [](const TaskQueue::Ticket& t) { wait_interruptibly([&](Seconds time) { return t.wait_for(time); }); })
       .def_prop_ro("done", &TaskQueue::Ticket::done);
   nb::class_<TaskQueue>(m, "TaskQueue")
-      .def(nb::init<>())
+      .def(nb::init<int>(), nb::arg("capacity") = 256)
+      .def_prop_ro("capacity", &TaskQueue::capacity)
       .def("submit_forward", &submit_forward, nb::arg("layer"), nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("out"),
-           nb::arg("lora").none() = nb::none())
-      .def("drain", [](TaskQueue& q) { wait_without_gil([&] { q.drain(); }); })
-      .def(
-          "close", [](TaskQueue& q, double timeout) { wait_without_gil([&] { q.close(std::chrono::duration<double>(timeout)); }); },
-          nb::arg("timeout_s"));
+           nb::arg("lora").none() = nb::none(), nb::arg("block") = true)
+      .def("submit", &submit_now, nb::arg("job"), nb::arg("block") = true)
+      .def("submit_later", &submit_later, nb::arg("job"))
+      .def("drain", [](TaskQueue& q) { wait_interruptibly([&](Seconds time) { return q.drain(time); }); })
+      .def("close", &close, nb::arg("timeout_s"));
 }
 
 }  // namespace ktmoe

@@ -13,7 +13,10 @@ void init_cpu(nb::module_& m);
 void init_runtime(nb::module_& m);
 void init_layer(nb::module_& m);
 void init_export(nb::module_& m);
+void init_job(nb::module_& m);
+void init_stream(nb::module_& m);
 void init_testing(nb::module_& m);
+void init_queue_testing(nb::module_& m);
 
 namespace {
 PyObject* python_type(ErrorKind kind) {
@@ -46,7 +49,10 @@ NB_MODULE(_ext, m) {
   init_runtime(m);
   init_layer(m);
   init_export(m);
+  init_job(m);
+  init_stream(m);
   init_testing(m);
+  init_queue_testing(m);
 }
 
 }  // namespace ktmoe

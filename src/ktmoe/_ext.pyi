@@ -44,22 +44,89 @@ class Ticket:
     """One submitted task."""
 
     def wait(self) -> None:
-        """Blocks until the task has run; raises what the task raised (each time it is asked)."""
+        """Blocks until the task has run; raises what the task raised (each time it is asked), RuntimeError if the queue
+        was closed before it began. Signal handlers run meanwhile: Ctrl-C ends the wait."""
     @property
     def done(self) -> bool: ...
 
 class TaskQueue:
     """One FIFO of submitted forwards, run by one thread that starts on the first submit and sleeps when idle."""
 
-    def __init__(self) -> None: ...
+    def __init__(self, capacity: int = 256) -> None: ...
+    @property
+    def capacity(self) -> int:
+        """Tasks that may wait for their turn; the one that runs is not counted."""
     def submit_forward(
-        self, layer: MoeLayer, hidden: Array, ids: Array, weights: Array, out: Array, lora: LoraAdapter | None = None
+        self,
+        layer: MoeLayer,
+        hidden: Array,
+        ids: Array,
+        weights: Array,
+        out: Array,
+        lora: LoraAdapter | None = None,
+        block: bool = True,
     ) -> Ticket:
-        """Copies hidden, ids and weights before it returns; `out` is kept alive and written by the task."""
+        """Copies hidden, ids and weights before it returns; `out` is kept alive and written by the task.
+        Waits for room in a full queue, as `Ticket.wait` waits; with block=False it is a RuntimeError."""
+    def submit(self, job: ForwardJob, block: bool = True) -> Ticket:
+        """The first part of a job, as `submit_forward` does it."""
+    def submit_later(self, job: ForwardJob) -> Ticket:
+        """The deferred experts of a job that has been submitted. It was admitted then: this does not wait for room."""
     def drain(self) -> None:
         """Waits until every submitted task has run (errors stay with their tickets)."""
     def close(self, timeout_s: float) -> None:
-        """Drains for at most timeout_s; later submits are a RuntimeError."""
+        """Later submits are a RuntimeError. Waits for at most timeout_s, then cancels the tasks that have not begun."""
+
+class ForwardJob:
+    """A forward in two parts: `out` = the experts that run now, and what `earlier`, the job of a layer before, has put
+    off; if `later` is given, `later` = the other experts. protected_k: as in `ktmoe.deferred.select_deferred_experts`,
+    with the routing weights as scores. hidden, ids and weights are copied."""
+
+    def __init__(
+        self,
+        layer: MoeLayer,
+        hidden: Array,
+        ids: Array,
+        weights: Array,
+        out: Array,  # bf16 [n_tokens, hidden]
+        lora: LoraAdapter | None = None,
+        protected_k: int = 0,
+        later: Array | None = None,  # bf16 [n_tokens, hidden]
+        earlier: ForwardJob | None = None,
+    ) -> None: ...
+
+class StreamErrors:
+    """Of the forwards that ran on streams."""
+
+    def __init__(self) -> None: ...
+    def check(self) -> None:
+        """Raises the first error since the last call, if there is one."""
+
+class StreamForward:
+    """A `ForwardJob` that a CUDA stream starts and waits for, through host functions of the driver library
+    (KTMOE_CUDA_DRIVER, or libcuda.so.1). It works on the caller's memory, which it keeps alive and the stream fills and
+    empties. An error fills the output with NaN and goes to `errors`. A captured graph may run it again and again."""
+
+    def __init__(
+        self,
+        queue: TaskQueue,
+        errors: StreamErrors,
+        name: str,  # for messages
+        layer: MoeLayer,
+        arrays: list[Array],  # n_tokens, int32 [1], read when the stream starts the forward: rows behind become zeros;
+        # hidden, ids, weights, out of all rows, as in MoeLayer.forward, C-contiguous
+        lora: LoraAdapter | None = None,
+        protected_k: int = 0,
+        later: Array | None = None,
+        earlier: StreamForward | None = None,
+        life: str = "once",  # "once" | "kept": launched often | "captured": launched into graphs
+    ) -> None: ...
+    # Each enqueues one step on a stream (CUstream as an integer). RuntimeError if there is no driver or it refuses.
+    def start(self, stream: int) -> None: ...
+    def wait(self, stream: int) -> None: ...
+    def wait_later(self, stream: int) -> None: ...
+    def settle(self, stream: int) -> None:
+        """Waits for both parts, whatever becomes of them."""
 
 # --- one layer ----------------------------------------------------------------------------------------------------
 class LoraAdapter:

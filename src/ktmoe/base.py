@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -33,6 +34,7 @@ _WEIGHT_DTYPES = (_F32, _BF16)
 _BIASES = ("gate_bias", "up_bias", "down_bias")
 _empty_like = torch.empty_like
 _CONTIGUOUS = torch.contiguous_format
+_CPU = torch.device("cpu")
 
 
 def only_in(mode: str, name: str) -> Callable[..., Any]:
@@ -74,14 +76,12 @@ class BaseMoEWrapper(PackedWeights):
         self._row = method
         self.gated = config.gated
         self.layer = self._new_layer(self._own_formats())
+        # Not a method: who keeps it must not keep the wrapper, or its weights would wait for the garbage collector.
+        dims = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self._new_mirror = functools.partial(LoraMirror, self.cpu_infer.pool, *dims, config.gated)
         self.mirror = self._new_mirror()
         """Packed LoRA of `ktmoe.autograd.moe_forward`."""
         self._cpu_experts = [e for e, on_gpu in enumerate(config.gpu_experts_mask.tolist()) if not on_gpu]
-
-    def _new_mirror(self) -> LoraMirror:
-        return LoraMirror(
-            self.cpu_infer.pool, self.num_experts, self.hidden_size, self.moe_intermediate_size, self.gated
-        )
 
     def __repr__(self) -> str:
         c = self.config
@@ -407,12 +407,14 @@ class BaseMoEWrapper(PackedWeights):
             pass
         return self._unusual_inputs(hidden, ids, weights)
 
-    def _unusual_inputs(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Leading dimensions, strides, or a mistake."""
+    def _unusual_inputs(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, device: torch.device = _CPU
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Leading dimensions, strides, another device, or a mistake."""
         k = self.num_experts_per_tok
-        _check_input("hidden_states", hidden, (_BF16,))
-        _check_input("topk_ids", ids, _ID_DTYPES)
-        _check_input("topk_weights", weights, _WEIGHT_DTYPES)
+        _check_input("hidden_states", hidden, (_BF16,), device)
+        _check_input("topk_ids", ids, _ID_DTYPES, device)
+        _check_input("topk_weights", weights, _WEIGHT_DTYPES, device)
         lead = tuple(hidden.shape[:-1])
         if hidden.dim() < 2 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: got shape {tuple(hidden.shape)}, expected (..., {self.hidden_size})")
@@ -457,6 +459,7 @@ class BaseMoEWrapper(PackedWeights):
     add_adapter = only_in("inference", "add_adapter")
     set_adapter = only_in("inference", "set_adapter")
     delete_adapter = only_in("inference", "delete_adapter")
+    flush_deferred = only_in("inference", "flush_deferred")
     init_lora_weights = only_in("sft", "init_lora_weights")
     init_base_weights = only_in("sft", "init_base_weights")
     update_base_weights = only_in("sft", "update_base_weights")
@@ -481,12 +484,10 @@ def _check_weight(name: str, tensor: object, shape: tuple[int, ...], dtypes: tup
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
 
 
-def _check_input(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_input(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.is_cuda:
-        raise NotImplementedError(f"{name}: got a tensor on {tensor.device}; only CPU tensors are supported so far")
-    if not tensor.is_cpu:
-        raise TypeError(f"{name}: got device {tensor.device}, expected cpu")
+    if tensor.device != device:
+        raise TypeError(f"{name}: got device {tensor.device}, expected {device}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")

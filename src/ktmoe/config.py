@@ -1,7 +1,6 @@
 """Validated parameters of a layer. Every check on what a user passes to `KTMoEWrapper` is here.
 
-Messages name the argument, what it got and what is expected. TypeError for a wrong type, ValueError for a wrong value,
-NotImplementedError for a value whose feature is not built yet.
+Messages name the argument, what it got and what is expected. TypeError for a wrong type, ValueError for a wrong value.
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ class MoEConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a bool")
         self._check_activation(put)
-        self._check_unbuilt()
+        self._check_inference(put)
 
     def _check_gpu(self, put: Any, prefix: int) -> None:
         if self.gpu_experts_mask is None:
@@ -157,14 +156,10 @@ class MoEConfig:
                 raise ValueError(f"{name}: got {value} with activation={self.activation!r}, expected 0.0")
             put(name, value)
 
-    def _check_unbuilt(self) -> None:
-        """Accepted by the signature for the sake of its clients, but no code behind it yet."""
+    def _check_inference(self, put: Any) -> None:
         if self.max_deferred_experts_per_token is not None:
-            deferred = _integer("max_deferred_experts_per_token", self.max_deferred_experts_per_token, 0)
-            if deferred:
-                raise NotImplementedError(
-                    f"max_deferred_experts_per_token={deferred} is not implemented yet: pass None or 0"
-                )
+            name = "max_deferred_experts_per_token"
+            put(name, _integer(name, self.max_deferred_experts_per_token, 0))
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,11 @@ def invalid_cache_index(index: object, depth: int) -> RuntimeError:
     return RuntimeError(f"Invalid cache index. Got {index}, expected {expected}")
 
 
+def engine_closed() -> RuntimeError:
+    """Work was submitted to an engine after `CPUInfer.close`."""
+    return RuntimeError("the engine is closed: nothing can be submitted after CPUInfer.close()")
+
+
 def shut_down() -> RuntimeError:
     """Work was submitted after the engine stopped."""
     return RuntimeError("ktmoe is shut down: the interpreter is exiting, nothing can be submitted any more")

@@ -20,13 +20,17 @@ from typing import Protocol
 
 from . import _ext
 from .config import MoEConfig
-from .errors import shut_down
+from .deferred import LayerChain
+from .errors import engine_closed, shut_down
+from .staging import StagingPool
 
 log = logging.getLogger("ktmoe")
 # Without a handler Python writes warnings to stderr; what is shown is the application's decision.
 log.addHandler(logging.NullHandler())
 
 _EXIT_TIMEOUT_S = 2.0
+QUEUE_CAPACITY = 256
+"""Submitted forwards that may wait in the queue of an engine: more than any model has layers."""
 
 
 # --- the machine --------------------------------------------------------------------------------------------------
@@ -155,35 +159,70 @@ class CPUInfer:
     """One engine: a thread pool, and a queue of submitted forwards that exists from the first submit on.
 
     Most code wants `get_engine`, which shares engines. All methods may be called from any thread.
+    queue_capacity: so many submitted forwards may wait for their turn, each with a copy of its inputs; a further submit
+    waits for room, or raises where its caller does not want to wait.
     """
 
-    def __init__(self, config: WorkerPoolConfig) -> None:
+    def __init__(self, config: WorkerPoolConfig, queue_capacity: int = QUEUE_CAPACITY) -> None:
         self.config = config
+        self.queue_capacity = queue_capacity
+        self.closed = False
         self.pool = _ext.ThreadPool(list(config.subpool_thread_count), list(config.subpool_numa_map))
         self._queue: _ext.TaskQueue | None = None
+        self._chains: dict[object, LayerChain] = {}
+        self.staging = StagingPool()
+        self.stream_errors = _ext.StreamErrors()
         self._lock = threading.Lock()
         reset_after_fork(self)
 
     @property
     def queue(self) -> _ext.TaskQueue:
-        """The FIFO of submitted forwards. RuntimeError after the interpreter began to exit."""
+        """The FIFO of submitted forwards. RuntimeError after `close`, and when the interpreter has begun to exit."""
         queue = self._queue
-        if queue is not None and not _closed:
+        if queue is not None and not (self.closed or _closed):
             return queue
         with self._lock:
             if _closed:
                 raise shut_down()
+            if self.closed:
+                raise engine_closed()
             if self._queue is None:
-                self._queue = _ext.TaskQueue()
+                self._queue = _ext.TaskQueue(self.queue_capacity)
             return self._queue
+
+    def chain(self, model: object) -> LayerChain:
+        """The layers of one model, whatever names it."""
+        with self._lock:
+            if model not in self._chains:
+                self._chains[model] = LayerChain()
+            return self._chains[model]
 
     def sync(self) -> None:
         """Waits until everything submitted so far has run. Errors stay with the results that they belong to."""
         if self._queue is not None:
             self._queue.drain()
 
-    def close(self, timeout_s: float) -> None:
-        """Drains the queue for at most `timeout_s`; a later submit to it is a RuntimeError."""
+    def raise_stream_error(self) -> None:
+        """Raises the first error of a forward on a CUDA stream that no `sync_forward` has raised yet, once.
+
+        Only who replays graphs needs it: no `sync_forward` runs then. The results of such a forward are NaN.
+        """
+        self.stream_errors.check()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Ends the queue: every later submit of a layer of this engine is a RuntimeError.
+
+        What has been submitted gets `timeout_s` seconds. Forwards that have not begun by then are cancelled: their sync
+        raises RuntimeError. One that is running goes on to its end, and its sync returns the result. Layers made from
+        here on get a new engine; a plain `forward` of CPU tensors needs no queue and still works. May be called again.
+        """
+        if not 0 <= timeout_s < 1e9:
+            raise ValueError(f"timeout_s: got {timeout_s}, expected 0 or more seconds")
+        with self._lock:
+            self.closed = True
+        with _lock:
+            if _engines.get(self.config) is self:
+                del _engines[self.config]
         if self._queue is not None:
             self._queue.close(timeout_s)
 
@@ -193,6 +232,9 @@ class CPUInfer:
             _parents_queues.append(self._queue)
         self._queue = None
         self._lock = threading.Lock()
+        self.staging._after_fork()
+        for chain in self._chains.values():
+            chain._after_fork()
 
 
 _lock = threading.Lock()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from . import staging
 from .base import BaseMoEWrapper
 from .config import MoEConfig, SFTConfig
 from .inference import (
@@ -37,7 +39,10 @@ class KTMoEWrapper(BaseMoEWrapper):
     chunked_prefill_size: tokens that are processed at a time; bounds the working memory.
     cpu_save: keep the packed experts on disk, in the folder ktmoe-METHOD under weight_path; the next load_weights maps
         them, with or without cpu_save, as long as the weight files of weight_path have not changed.
-    max_deferred_experts_per_token: only None or 0 so far.
+    max_deferred_experts_per_token: inference only: so many experts of a token, those of the least weight, may run while
+        the next layer has begun already; their part goes into the output of the next MoE layer of the model, and the
+        last one defers nothing (see `InferenceMoEWrapper.submit_forward`). It changes the model's numbers a little, so
+        None or 0, the default, is off; more than num_experts_per_tok is all of them.
     method, mode: see `ktmoe.methods.METHODS`; mode is "inference" or "sft".
     lora_rank (1..4096, tuned for up to 256), lora_alpha, max_cache_depth: only with mode="sft". The LoRA term is scaled
         by lora_alpha / lora_rank; max_cache_depth forwards may wait for their backward.
@@ -57,8 +62,6 @@ class KTMoEWrapper(BaseMoEWrapper):
     ValueError for an unknown mode, a method of the other mode, and a value out of range; TypeError for a wrong type;
     NotImplementedError for what is not built yet.
     """
-
-    _capture_batch_sizes: list[int] = []  # noqa: RUF012  # class-level on purpose, as its clients expect
 
     def __new__(  # type: ignore[misc]  # a factory: its products are not instances of it
         cls,
@@ -120,17 +123,37 @@ class KTMoEWrapper(BaseMoEWrapper):
             return AMXSFTMoEWrapper(config, row, sft)
         return _INFERENCE[row.backend](config, row)
 
-    # Servers call these before they capture CUDA graphs. There are no captured buffers on the CPU.
+    # For servers that capture CUDA graphs: class-level, as they expect.
     @staticmethod
     def set_capture_batch_sizes(capture_bs: Sequence[int]) -> None:
-        """Remembers the batch sizes of a server's CUDA graphs."""
-        KTMoEWrapper._capture_batch_sizes = [int(size) for size in capture_bs]
+        """Batch sizes of a server's CUDA graphs: forwards of these many CUDA tokens keep their host memory.
+
+        To be called before anything is captured. ValueError for a size below 1.
+        """
+        sizes = [operator.index(size) for size in capture_bs]
+        if any(size < 1 for size in sizes):
+            raise ValueError(f"capture_bs: got {sizes}, expected sizes of at least 1")
+        staging.set_captured_sizes(sizes)
 
     @staticmethod
     def get_capture_batch_sizes() -> list[int]:
         """The batch sizes set last."""
-        return list(KTMoEWrapper._capture_batch_sizes)
+        return staging.captured_sizes()
+
+    @staticmethod
+    def set_replay_batch_size(captured: int, n_tokens: int) -> None:
+        """From now on, graphs captured with `captured` tokens compute the first n_tokens only; the others become zeros.
+
+        Read whenever a graph runs, so not to be called while one does. ValueError unless 0 <= n_tokens <= captured.
+        """
+        if not 0 <= n_tokens <= captured:
+            raise ValueError(f"n_tokens: got {n_tokens}, expected 0..{captured}")
+        staging.replay_size(captured)[0] = n_tokens
 
     @staticmethod
     def clear_buffer_cache() -> None:
-        """Frees buffers that are kept between calls: there are none for CPU tensors."""
+        """Frees the memory kept for captured batch sizes, once the devices have finished: none for CPU tensors.
+
+        Graphs captured before must not run any more.
+        """
+        staging.clear_all()

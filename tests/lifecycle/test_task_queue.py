@@ -1,5 +1,6 @@
 """The queue of submitted forwards: in order, errors with their ticket, inputs copied."""
 
+import signal
 import threading
 import time
 
@@ -104,6 +105,102 @@ def test_submit_after_close(layer: Layer) -> None:
         submit(queue, layer, x, out)
     queue.close(10.0)
     queue.drain()
+
+
+def test_a_full_queue_refuses_or_waits(layer: Layer) -> None:
+    queue, x = _ext.TaskQueue(capacity=3), make_inputs(SHAPE, 5)
+    assert queue.capacity == 3
+    gate = _ext.testing.Gate(queue)
+    assert gate.wait_until_reached(10)  # it runs, so it takes no place of those that wait
+    outs = [empty(5) for _ in range(6)]
+    tickets = [submit(queue, layer, x, out) for out in outs[:3]]
+    with pytest.raises(RuntimeError, match="queue is full.*its bound, 3"):
+        queue.submit_forward(layer.engine, x.hidden, x.ids, x.weights, outs[3], block=False)
+    waiting = threading.Thread(target=lambda: tickets.extend(submit(queue, layer, x, out) for out in outs[3:]))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    assert not any(t.done for t in tickets)
+    gate.open()
+    waiting.join(10)
+    queue.drain()
+    assert len(tickets) == 6
+    for out in outs:
+        assert_same(out, layer.forward(x), "submitted by one who waited")
+
+
+def test_close_ends_the_wait_for_room(layer: Layer) -> None:
+    queue, x, errors = _ext.TaskQueue(1), make_inputs(SHAPE, 5), []
+    gate = _ext.testing.Gate(queue)
+    assert gate.wait_until_reached(10)
+    submit(queue, layer, x, empty(5))
+
+    def body() -> None:
+        try:
+            submit(queue, layer, x, empty(5))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    waiting = threading.Thread(target=body)
+    waiting.start()
+    queue.close(0)
+    waiting.join(10)
+    assert errors == ["[TaskQueue] submit after close"]
+
+
+def test_close_cancels_what_has_not_begun(layer: Layer) -> None:
+    queue, x = _ext.TaskQueue(), make_inputs(SHAPE, 5)
+    first_out, cancelled_out = empty(5), empty(5)
+    first = submit(queue, layer, x, first_out)
+    gate = _ext.testing.Gate(queue)
+    assert gate.wait_until_reached(10)
+    cancelled = [submit(queue, layer, x, cancelled_out) for _ in range(3)]
+    queue.close(0.05)
+    for ticket in cancelled:
+        assert ticket.done
+        with pytest.raises(RuntimeError, match="cancelled: closed before this task began"):
+            ticket.wait()
+    assert cancelled_out.isnan().all()
+    assert_same(first_out, layer.forward(x), "done before")
+    first.wait()
+    assert not gate.ticket.done  # what runs goes on
+    gate.open()
+    gate.ticket.wait()
+
+
+def test_the_thread_of_a_closed_queue_ends(layer: Layer) -> None:
+    x = make_inputs(SHAPE, 5)
+    layer.forward(x)
+    before, queues = threading_count(), [_ext.TaskQueue() for _ in range(5)]
+    for queue in queues:
+        submit(queue, layer, x, empty(5))
+        queue.close(10)
+    until = time.monotonic() + 5
+    while threading_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading_count() <= before
+
+
+@pytest.mark.parametrize("wait", ["ticket", "drain", "room"])
+def test_ctrl_c_ends_a_wait(layer: Layer, wait: str) -> None:
+    queue, x, out = _ext.TaskQueue(1), make_inputs(SHAPE, 5), empty(5)
+    gate = _ext.testing.Gate(queue)
+    assert gate.wait_until_reached(10)
+    ticket = submit(queue, layer, x, out)
+    waits = {"ticket": ticket.wait, "drain": queue.drain, "room": lambda: submit(queue, layer, x, out)}
+    threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        waits[wait]()
+    assert not ticket.done
+    gate.open()
+    ticket.wait()
+    assert_same(out, layer.forward(x), "after the interrupt")
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_a_bad_bound(capacity: int) -> None:
+    with pytest.raises(ValueError, match="capacity: got"):
+        _ext.TaskQueue(capacity)
 
 
 def test_drain_waits_for_everything(layer: Layer) -> None:

@@ -1,5 +1,8 @@
 """LoRA adapters that an inference layer carries: several by name, one chosen per call."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch_oracle as ref
@@ -136,3 +139,22 @@ def test_adapters_survive_fork() -> None:
         wrapper.forward(*inputs, adapter="b")
 
     assert in_child(child) == 0
+
+
+@pytest.mark.parametrize("method", ["BF16", "AMXBF16_SFT"])
+def test_a_wrapper_is_freed_at_once(method) -> None:
+    """Gigabytes must not wait for the garbage collector."""
+    wrapper = ref.loaded(SHAPE, method)
+    if wrapper.mode == "inference":
+        wrapper.add_adapter("a", *tensors())
+        wrapper.forward(*ref.batch(SHAPE, 3))
+    else:
+        wrapper.init_lora_weights(*tensors())
+        wrapper.backward(wrapper.forward_sft(*ref.batch(SHAPE, 3)))
+    gone = weakref.ref(wrapper)
+    gc.disable()
+    try:
+        del wrapper
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -121,7 +121,7 @@ def test_training_calls_in_inference_mode(method, name) -> None:
     assert str(caught.value).startswith(f"{name}() not available in inference mode")
 
 
-@pytest.mark.parametrize("name", ["submit_forward", "sync_forward", "select_deferred_experts"])
+@pytest.mark.parametrize("name", ["submit_forward", "sync_forward", "select_deferred_experts", "flush_deferred"])
 @pytest.mark.parametrize("method", ref.SFT)
 def test_inference_calls_in_sft_mode(method, name) -> None:
     with pytest.raises(RuntimeError) as caught:

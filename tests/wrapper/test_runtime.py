@@ -4,9 +4,10 @@ import logging
 import os
 
 import pytest
+import torch
 import torch_oracle as ref
 
-from ktmoe import runtime
+from ktmoe import _ext, runtime
 from ktmoe.runtime import CPUInfer, WorkerPoolConfig, get_engine
 
 SHAPE = ref.Shape()
@@ -113,12 +114,13 @@ def test_bad_pool_config(arguments, error) -> None:
 def test_the_queue_is_made_on_first_use_and_closed() -> None:
     engine = CPUInfer(WorkerPoolConfig(1, [0], [1]))
     engine.sync()
-    engine.close(0.1)
     assert engine._queue is None
     queue = engine.queue
     assert engine.queue is queue
+    assert queue.capacity == runtime.QUEUE_CAPACITY
     engine.sync()
     engine.close(0.1)
+    assert engine.closed
 
 
 def test_isa_without_amx(monkeypatch) -> None:
@@ -137,3 +139,64 @@ def test_isa_without_amx(monkeypatch) -> None:
     assert runtime.isa_without_amx() == "avx512"
     Ext.active = "avx2"
     assert runtime.isa_without_amx() == "avx2"
+
+
+def test_close_refuses_what_comes_later() -> None:
+    """Queued work within the time, later submits never; new layers get a new engine."""
+    wrapper, inputs = ref.loaded(SHAPE, "BF16"), ref.batch(SHAPE, 4)
+    want = wrapper.forward(*inputs)
+    wrapper.submit_forward(*inputs)
+    wrapper.cpu_infer.close()
+    assert torch.equal(wrapper.sync_forward(), want)
+    with pytest.raises(RuntimeError, match=r"the engine is closed: .*CPUInfer\.close"):
+        wrapper.submit_forward(*inputs)
+    with pytest.raises(RuntimeError, match="No submitted forward"):
+        wrapper.sync_forward()
+    assert torch.equal(wrapper.forward(*inputs), want)
+    wrapper.cpu_infer.close(0)
+    wrapper.cpu_infer.sync()
+    other = ref.loaded(SHAPE, "BF16")
+    assert other.cpu_infer is not wrapper.cpu_infer
+    other.submit_forward(*inputs)
+    assert torch.equal(other.sync_forward(), want)
+
+
+def test_close_before_the_first_submit() -> None:
+    wrapper = ref.loaded(SHAPE, "BF16")
+    wrapper.cpu_infer.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        wrapper.submit_forward(*ref.batch(SHAPE, 4))
+
+
+def test_close_cancels_what_does_not_begin_in_time() -> None:
+    wrapper, inputs = ref.loaded(SHAPE, "BF16"), ref.batch(SHAPE, 4)
+    gate = _ext.testing.Gate(wrapper.cpu_infer.queue)
+    wrapper.submit_forward(*inputs)
+    wrapper.cpu_infer.close(0.05)
+    with pytest.raises(RuntimeError, match="cancelled"):
+        wrapper.sync_forward()
+    gate.open()
+
+
+@pytest.mark.parametrize("timeout", [-1.0, float("nan"), float("inf")])
+def test_close_checks_its_timeout(timeout) -> None:
+    engine = CPUInfer(WorkerPoolConfig(1, [0], [1]))
+    with pytest.raises(ValueError, match="timeout_s"):
+        engine.close(timeout)
+    assert not engine.closed
+
+
+def test_a_full_queue(monkeypatch) -> None:
+    monkeypatch.setattr(runtime, "CPUInfer", lambda config: CPUInfer(config, queue_capacity=2))
+    wrapper, inputs = ref.loaded(SHAPE, "BF16"), ref.batch(SHAPE, 4)
+    gate = _ext.testing.Gate(wrapper.cpu_infer.queue)
+    assert gate.wait_until_reached(10)
+    for _ in range(2):
+        wrapper.submit_forward(*inputs, block=False)
+    with pytest.raises(RuntimeError, match="queue is full.*its bound, 2"):
+        wrapper.submit_forward(*inputs, block=False)
+    gate.open()
+    for _ in range(2):
+        assert torch.equal(wrapper.sync_forward(), wrapper.forward(*inputs))
+    with pytest.raises(RuntimeError, match="No submitted forward"):
+        wrapper.sync_forward()

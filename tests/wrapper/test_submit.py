@@ -49,7 +49,7 @@ def test_layers_share_the_queue_but_not_the_results() -> None:
     assert torch.equal(a.sync_forward(), a.forward(*inputs))
     a.submit_forward(*inputs)
     a.cpu_infer.sync()
-    assert a._pending[0][0].done
+    assert a._pending[0].ticket.done
     a.sync_forward()
 
 
