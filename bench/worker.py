@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # Answers go to a copy of stdout; what the implementations print goes nowhere.
 _answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -31,7 +31,9 @@ class Session:
     def init(self, name: str, folder: str, shape: dict[str, Any], **options: Any) -> dict[str, Any]:
         self.problem, self.sft = Problem(Path(folder), Shape(**shape)), options["sft"]
         start = time.perf_counter()
-        self.impl = impls.make(name, self.problem, **options)
+        self.impl = cast(impls.Trainable, impls.make(name, self.problem, **options))
+        if self.sft:
+            self.impl.set_lora(self.problem.lora())
         seconds = time.perf_counter() - start
         return {
             "load_s": seconds / self.impl.layers,
@@ -43,9 +45,11 @@ class Session:
         """Relative L2 errors against float64 on the original weights."""
         want = self.problem.expected()
         y = self.impl.forward(0, *self.problem.batch(CHECK_TOKENS, CHECK_SEED))
-        errors = {"error": relative_error(y, want["y"])}
+        errors = {"error": relative_error([y], want["y"])}
         if self.sft:
-            errors["grad_error"] = relative_error(self.impl.backward(torch.ones_like(y)), want["grad_x"])
+            grads = self.impl.backward(torch.ones_like(y))
+            errors["grad_error"] = relative_error([grads.x], want["x"])
+            errors["lora_error"] = relative_error(grads.lora, want["lora"])
         return errors
 
     def _next(self, tokens: int) -> tuple[int, tuple[torch.Tensor, ...]]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench.problem import Problem
+from bench.problem import Gradients, Problem
 
 
 class Implementation(Protocol):
@@ -22,16 +22,30 @@ class Implementation(Protocol):
 
     def forward(self, layer: int, x: Tensor, ids: Tensor, mix: Tensor) -> Tensor: ...
 
-    def backward(self, grad: Tensor) -> Tensor:
-        """Gradient of x of the last forward; only in sft mode."""
+
+class Trainable(Implementation, Protocol):
+    """In sft mode."""
+
+    def set_lora(self, lora: list[Tensor]) -> None:
+        """Once, before the first forward. lora: as from `Problem.lora`."""
+        ...
+
+    def backward(self, grad: Tensor) -> Gradients:
+        """Of the last forward."""
         ...
 
 
 CLASSES = {
-    "ktmoe": "bench.impls.ours:Ktmoe",
-    "torch": "bench.impls.eager:Torch",
-    "kt": "bench.impls.kt:Kt",
-    "llamacpp": "bench.impls.ggml:LlamaCpp",
+    "inference": {
+        "ktmoe": "bench.impls.ours:Ktmoe",
+        "torch": "bench.impls.eager:Torch",
+        "kt": "bench.impls.kt:Kt",
+        "llamacpp": "bench.impls.ggml:LlamaCpp",
+    },
+    "sft": {
+        "ktmoe": "bench.impls.ours:Ktmoe",
+        "torch": "bench.impls.eager:Torch",
+    },
 }
 
 PEERS = {
@@ -55,11 +69,12 @@ def bytes_per_weight(name: str) -> float:
 
 
 def make(name: str, problem: Problem, **options: Any) -> Implementation:
-    """options: layers, threads, max_tokens, sft. ValueError for an unknown family."""
+    """options: layers, threads, max_tokens, sft. ValueError for a family that the mode does not have."""
     family, _, variant = name.partition(":")
-    if family not in CLASSES:
-        raise ValueError(f"implementation: got {name!r}, expected one of the families {', '.join(CLASSES)}")
-    module, _, cls = CLASSES[family].partition(":")
+    classes = CLASSES["sft" if options["sft"] else "inference"]
+    if family not in classes:
+        raise ValueError(f"implementation: got {name!r}, expected one of the families {', '.join(classes)}")
+    module, _, cls = classes[family].partition(":")
     torch.set_num_threads(options["threads"])
     made: Implementation = getattr(import_module(module), cls)(variant, problem, **options)
     return made

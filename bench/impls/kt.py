@@ -50,8 +50,6 @@ class Kt:
     ) -> None:
         import kt_kernel
 
-        if sft:
-            raise ValueError("kt: only inference is measured")
         self.ext, self.problem, self.layers = kt_kernel.kt_kernel_ext, problem, layers
         self.cls = self._class(variant)
         self.cpu = self._pool(threads)
@@ -142,9 +140,6 @@ class Kt:
         pointers = (t.data_ptr() for t in (ids, mix, x, self.out))
         self._run(self.moes[layer].forward_task(self.count.data_ptr(), ids.shape[1], *pointers, False))
         return self.out[: len(x)]
-
-    def backward(self, grad: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 def _tasks() -> set[int]:

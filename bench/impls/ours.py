@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ktmoe
-from bench.problem import LORA_ALPHA, LORA_RANK, Problem
+from bench.problem import LORA_ALPHA, LORA_RANK, Gradients, Problem
 from ktmoe.capsule import to_dlpack
 
 
@@ -31,8 +31,6 @@ class Ktmoe:
                 **options,
             )  # fmt: skip
             wrapper.load_weights_from_tensors(*problem.weights)
-            if sft:
-                wrapper.init_lora_weights(*problem.lora())
             self.wrappers.append(wrapper)
         self.packed_bytes = self.wrappers[0].layer.packed_bytes
         self.isa = self.wrappers[0].layer.isa
@@ -43,8 +41,13 @@ class Ktmoe:
             return wrapper.forward_sft(x, ids, mix, save_for_backward=True)
         return wrapper.forward(x, ids, mix)
 
-    def backward(self, grad: Tensor) -> Tensor:
-        return self.wrappers[0].backward(grad)[0]
+    def set_lora(self, lora: list[Tensor]) -> None:
+        for wrapper in self.wrappers:
+            wrapper.init_lora_weights(*lora)
+
+    def backward(self, grad: Tensor) -> Gradients:
+        grad_x, grad_lora = self.wrappers[0].backward(grad)
+        return Gradients(grad_x, list(grad_lora.values()))
 
     def direct(self) -> Callable[[Tensor, Tensor, Tensor], None]:
         """The extension's forward of layer 0 as the shortest caller would write it: nothing checked, one output."""
