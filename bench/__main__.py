@@ -51,14 +51,14 @@ def run_shapes(args: Arguments, plan: Plan, pace: Pace) -> Iterator[Outcome]:
         sizes = sorted({cell.tokens for cell in plan.cells if cell.shape == name})
         shape = cells.fitted(SHAPES[name], names, limits.available_memory(), args.options.experts)
         outcome = Outcome(plan.mode, shape)
-        with (
-            problem_files(shape, sft=outcome.sft) as folder,
-            running(outcome, folder, names, args.launches, pace, max(sizes)) as workers,
-        ):
-            for tokens in sizes:
-                time_cell(workers, outcome, tokens, pace)
-            if index == 0 and not outcome.sft and not args.options.cells_only:
-                costs.time_wrapper(workers, outcome, pace)
+        with problem_files(shape, sft=outcome.sft) as folder:
+            with running(outcome, folder, names, args.launches, pace, max(sizes)) as workers:
+                for tokens in sizes:
+                    time_cell(workers, outcome, tokens, pace)
+                if index == 0 and not outcome.sft and not args.options.cells_only:
+                    costs.time_wrapper(workers, outcome, pace)
+            if outcome.sft and not args.options.cells_only:
+                costs.measure_memory(outcome, folder, args.launches, pace)
         yield outcome
 
 
@@ -113,6 +113,7 @@ def results(args: Arguments, started: float) -> dict[str, Any]:
         "cells": [row for o in outcomes for row in report.rows_of(o, best)],
         "overhead": [row for o in outcomes for row in o.overhead],
         "wrapper": [row for o in outcomes for row in o.wrapper],
+        "memory": [row for o in outcomes for row in o.memory],
         "left_out": [row for o in outcomes for row in o.left_out],
     }
 
@@ -133,9 +134,9 @@ def print_tables(data: dict[str, Any]) -> None:
 
 
 def print_shape(data: dict[str, Any], mode: str, **shape: Any) -> None:
-    cells, overhead, wrapper = (
+    cells, overhead, wrapper, memory = (
         [row for row in data[kind] if (row["mode"], row["shape"]) == (mode, shape["name"])]
-        for kind in ("cells", "overhead", "wrapper")
+        for kind in ("cells", "overhead", "wrapper", "memory")
     )
     print(f"\n{Shape(**shape)}{f', LoRA rank {LORA_RANK}' if mode == 'sft' else ''}")
     if cells:
@@ -144,6 +145,8 @@ def print_shape(data: dict[str, Any], mode: str, **shape: Any) -> None:
         print(f"\none call, 1 token\n{report.overhead_table(overhead)}")
     if wrapper:
         print(f"\nthe wrapper beside the direct call of the extension\n{report.wrapper_table(wrapper)}")
+    if memory:
+        print(f"\nMiB: weights as packed, held after load, LoRA, at most in a step\n{report.memory_table(memory)}")
     if not (cells or overhead):
         print("nothing was measured")
 

@@ -67,7 +67,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--seconds", type=float, help="per implementation and cell, all rounds together")
     add("--max-call", type=float, default=5.0, help="leave out cells with a longer forward or backward (seconds)")
     add("--read-bytes", type=int, help="buffer of the bandwidth test; default: 4 x the caches")
-    add("--cells-only", action="store_true", help="leave out TINY and the wrapper beside the extension")
+    add("--cells-only", action="store_true", help="leave out TINY, the wrapper beside the extension, memory")
     add("--out", type=Path, default=Path("bench-out"))
     return parser
 

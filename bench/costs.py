@@ -1,11 +1,14 @@
-"""What is measured beside the cells: the overhead of a call, and what the public interface costs."""
+"""What is measured beside the cells: the overhead of a call, what the public interface costs, memory in training."""
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import asdict
+from pathlib import Path
 
 from bench.impls import family_of
-from bench.runner import PAUSE_S, Outcome, Pace, Worker, WorkerError
+from bench.peers import Launch
+from bench.runner import PAUSE_S, Outcome, Pace, Worker, WorkerError, say
 
 
 def time_overhead(workers: dict[str, Worker], outcome: Outcome, pace: Pace) -> None:
@@ -34,3 +37,24 @@ def time_wrapper(workers: dict[str, Worker], outcome: Outcome, pace: Pace) -> No
                 continue
             percent = 100 * (cost["wrapper"] / cost["direct"] - 1)
             outcome.wrapper.append(outcome.row(name, tokens=1, **cost, percent=percent))
+
+
+def measure_memory(outcome: Outcome, folder: Path, found: dict[str, Launch], pace: Pace) -> None:
+    """A training step of each, each alone in a fresh process, at the largest size that is not too slow."""
+    say("  memory")
+    for name in outcome.loaded:
+        sizes = {tokens for timed, tokens, _ in outcome.samples if timed == name}
+        tokens = max((t for t in sizes if outcome.slowest_pass(name, t) <= pace.max_call_s), default=0)
+        if not tokens:
+            continue
+        worker = Worker(name, found[family_of(name)], pace.patience_s)
+        options = {"layers": 1, "threads": pace.threads, "max_tokens": tokens, "sft": True}
+        try:
+            got = worker.ask(
+                "memory", name=name, folder=str(folder), shape=asdict(outcome.shape), tokens=tokens, **options
+            )
+            outcome.memory.append(outcome.row(name, tokens=tokens, **got))
+        except WorkerError as e:
+            outcome.leave_out(name, f"memory: {e}", tokens)
+        finally:
+            worker.close()

@@ -103,3 +103,15 @@ def wrapper_table(costs: Sequence[dict[str, Any]]) -> str:
         us = [1e6 * s for s in (cost["wrapper"], cost["direct"], cost["wrapper"] - cost["direct"])]
         lines.append([str(cost["tokens"]), cost["impl"], *(f"{u:.1f}" for u in us), f"{cost['percent']:+.1f} %"])
     return _aligned(("tokens", "implementation", "wrapper us", "extension us", "cost us", "cost"), lines)
+
+
+def memory_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Of a peer nobody knows how much of what it holds are packed weights."""
+    header = ("tokens", "implementation", "packed", "held", "held / packed", "LoRA", "peak", "peak over packed")
+    lines = []
+    for row in rows:
+        packed, held, lora, peak = (row[key] / 2**20 for key in ("packed", "held", "lora", "peak"))
+        known = [f"{packed:.0f}", f"{held / packed:.3f}", f"{peak - packed:.0f}"] if packed else ["-"] * 3
+        numbers = [known[0], f"{held:.0f}", known[1], f"{lora:.0f}", f"{peak:.0f}", known[2]]
+        lines.append([str(row["tokens"]), row["impl"], *numbers])
+    return _aligned(header, lines)

@@ -32,7 +32,8 @@ class Pace:
     seconds: float = 1.0
     """For one implementation and cell, all rounds together; at least one call a round."""
     max_call_s: float = 5.0
-    """A cell whose forward, or backward, would take longer, to judge by the one before, is left out."""
+    """A cell whose forward, or backward, would take longer, to judge by the one before, is left out. Where it does take
+    longer, one call is enough."""
     patience_s: float = 180.0
     """A process that answers nothing for so long is given up."""
 
@@ -96,6 +97,7 @@ class Outcome:
     left_out: list[dict[str, Any]] = field(default_factory=list)
     overhead: list[dict[str, Any]] = field(default_factory=list)
     wrapper: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def sft(self) -> bool:
@@ -104,6 +106,10 @@ class Outcome:
     @property
     def passes(self) -> tuple[str, ...]:
         return ("forward", "backward") if self.sft else ("forward",)
+
+    def slowest_pass(self, name: str, tokens: int) -> float:
+        """The fastest sample, in seconds, of the slowest pass; 0 before there are any."""
+        return max(min(self.samples.get((name, tokens, pass_), [0.0])) for pass_ in self.passes)
 
     def row(self, name: str, **more: Any) -> dict[str, Any]:
         """A line of the results about one implementation."""
@@ -168,8 +174,11 @@ def time_cell(workers: dict[str, Worker], outcome: Outcome, tokens: int, pace: P
         for worker in live[:: -1 if round_ % 2 else 1]:
             time.sleep(PAUSE_S)
             warm = 1 if round_ == 0 or tokens <= 256 else 0
+            if outcome.slowest_pass(worker.name, tokens) > pace.max_call_s:
+                continue
+            more = {"seconds": pace.seconds / pace.rounds, "warm": warm, "max_call_s": pace.max_call_s}
             try:
-                got = worker.ask("time", tokens=tokens, seconds=pace.seconds / pace.rounds, warm=warm)
+                got = worker.ask("time", tokens=tokens, **more)
             except WorkerError as e:
                 outcome.leave_out(worker.name, str(e), tokens)
                 worker.close()
@@ -182,4 +191,4 @@ def time_cell(workers: dict[str, Worker], outcome: Outcome, tokens: int, pace: P
                 outcome.samples.setdefault((worker.name, tokens, pass_), []).extend(column)
     for worker in live:
         worker.tokens = tokens
-        worker.fastest_s = max(min(outcome.samples[worker.name, tokens, p]) for p in outcome.passes)
+        worker.fastest_s = outcome.slowest_pass(worker.name, tokens)

@@ -6,12 +6,13 @@ Started by `runner.Worker`, in the interpreter of the implementation's family.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 # Answers go to a copy of stdout; what the implementations print goes nowhere.
 _answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -19,7 +20,7 @@ os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 import torch  # noqa: E402
 
-from bench import impls  # noqa: E402
+from bench import impls, memory  # noqa: E402
 from bench.problem import CHECK_SEED, CHECK_TOKENS, Problem, Shape, batch_seeds, relative_error  # noqa: E402
 
 
@@ -31,7 +32,7 @@ class Session:
     def init(self, name: str, folder: str, shape: dict[str, Any], **options: Any) -> dict[str, Any]:
         self.problem, self.sft = Problem(Path(folder), Shape(**shape)), options["sft"]
         start = time.perf_counter()
-        self.impl = cast(impls.Trainable, impls.make(name, self.problem, **options))
+        self.impl = impls.make(name, self.problem, **options)
         if self.sft:
             self.impl.set_lora(self.problem.lora())
         seconds = time.perf_counter() - start
@@ -74,10 +75,15 @@ class Session:
         del y
         return seconds
 
-    def time(self, tokens: int, seconds: float, warm: int) -> dict[str, Any]:
-        """Calls for about `seconds` after `warm` calls that do not count: {"samples": [[forward, backward?], ...]}."""
+    def time(self, tokens: int, seconds: float, warm: int, max_call_s: float = math.inf) -> dict[str, Any]:
+        """Calls for about `seconds` after `warm` calls that do not count: {"samples": [[forward, backward?], ...]}.
+
+        A warm call that takes longer than `max_call_s` does count, and is the only one.
+        """
         for _ in range(warm):
-            self._call(tokens)
+            first = self._call(tokens)
+            if max(first) > max_call_s:
+                return {"samples": [first]}
         samples: list[list[float]] = []
         end = time.perf_counter() + seconds
         while not samples or time.perf_counter() < end:
@@ -108,6 +114,25 @@ class Session:
                     direct(*batch)
                 times[turn].append(time.perf_counter() - start)
         return {name: statistics.median(samples[4:]) for name, samples in times.items()}
+
+    def memory(self, name: str, folder: str, shape: dict[str, Any], tokens: int, **options: Any) -> dict[str, int]:
+        """Bytes that this process, which must be fresh, gains: by loading, by LoRA, and at most in a training step."""
+        problem = Problem(Path(folder), Shape(**shape))
+        batch = problem.batch(tokens, CHECK_SEED)
+        grad = torch.ones_like(batch[0])
+        impls.class_of(name, sft=True)  # libraries are not what is measured
+        before = memory.resident()
+        impl = impls.make(name, problem, **options)
+        memory.drop_pages(problem.weights)
+        held = memory.resident() - before
+        impl.set_lora(problem.lora())
+        lora = memory.resident() - before - held
+        memory.forget_peak()
+        y = impl.forward(0, *batch)
+        grads = impl.backward(grad)
+        peak = memory.peak() - before
+        del y, grads
+        return {"packed": impl.packed_bytes, "held": held, "lora": lora, "peak": peak}
 
 
 def serve() -> None:

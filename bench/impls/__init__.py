@@ -6,6 +6,7 @@ what they drive when they are made, so that a family that is not installed costs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -54,7 +55,7 @@ PEERS = {
         *("kt:BF16", "kt:AMXINT8", "kt:AMXINT4", "kt:RAWINT4", "kt:FP8", "kt:Q8_0", "kt:Q4_K"),
         *("llamacpp:BF16", "llamacpp:Q8_0", "llamacpp:Q4_K"),
     ),
-    "sft": ("torch:bf16",),
+    "sft": ("torch:bf16", "torch:fp32"),
 }
 
 
@@ -68,13 +69,18 @@ def bytes_per_weight(name: str) -> float:
     return next((size for part, size in parts.items() if part in name), 2.0)
 
 
-def make(name: str, problem: Problem, **options: Any) -> Implementation:
-    """options: layers, threads, max_tokens, sft. ValueError for a family that the mode does not have."""
-    family, _, variant = name.partition(":")
-    classes = CLASSES["sft" if options["sft"] else "inference"]
-    if family not in classes:
+def class_of(name: str, *, sft: bool) -> Callable[..., Any]:
+    """ValueError for a family that the mode does not have."""
+    classes = CLASSES["sft" if sft else "inference"]
+    if family_of(name) not in classes:
         raise ValueError(f"implementation: got {name!r}, expected one of the families {', '.join(classes)}")
-    module, _, cls = classes[family].partition(":")
+    module, _, cls = classes[family_of(name)].partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), cls)
+    return found
+
+
+def make(name: str, problem: Problem, **options: Any) -> Trainable:
+    """Base weights loaded; without sft it is an `Implementation` only. options: layers, threads, max_tokens, sft."""
     torch.set_num_threads(options["threads"])
-    made: Implementation = getattr(import_module(module), cls)(variant, problem, **options)
+    made: Trainable = class_of(name, sft=options["sft"])(name.partition(":")[2], problem, **options)
     return made

@@ -25,8 +25,9 @@ class Torch:
             raise ValueError("torch:grouped: only inference is measured")
         self.layers, self.sft, self.variant, self.problem = layers, sft, variant, problem
         self.dtype = torch.float32 if variant == "fp32" else torch.bfloat16
-        # The bf16 weights stay in the mapped file: every layer is the same memory, larger than the caches or not.
-        self.weights = [w.to(self.dtype) for w in problem.weights]
+        # For inference bf16 weights stay in the mapped file: every layer is the same memory, larger than the caches or
+        # not. In training the memory of the process is measured, so it has its own.
+        self.weights = [w.to(self.dtype, copy=sft) for w in problem.weights]
 
     def forward(self, layer: int, x: Tensor, ids: Tensor, mix: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.sft):

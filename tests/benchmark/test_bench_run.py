@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as bench
-from bench import arguments, limits, runner
+from bench import arguments, costs, limits, runner
 from bench.peers import Launch
 from bench.problem import SHAPES
 from ktmoe.methods import methods_of
@@ -66,7 +66,7 @@ def test_inference_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("known_limits")
-def test_sft_end_to_end(tmp_path: Path) -> None:
+def test_sft_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = run(tmp_path, "--mode", "sft", "--cells", "T:20", "--peers", "torch:bf16,torch:fp32")
     ours = [f"ktmoe:{m.name}" for m in methods_of("sft", implemented_only=True)]
     assert data["left_out"] == []
@@ -86,6 +86,13 @@ def test_sft_end_to_end(tmp_path: Path) -> None:
     assert peaks == ["some int8", "some fp32"]
     for name in ours:
         assert floors[name, "forward"]["bytes"] == floors[name, "backward"]["bytes"]
+    assert {row["impl"] for row in data["memory"]} == {row["impl"] for row in data["cells"]}
+    for row in data["memory"]:
+        assert row["tokens"] == 20
+        assert row["held"] + row["lora"] <= row["peak"] < row["held"] + (1 << 30)
+        assert (row["packed"] > 0) == (row["impl"] in ours)
+        assert row["held"] >= row["packed"]
+    assert "held / packed" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("known_limits")
@@ -128,7 +135,7 @@ def test_default_cells_of_training() -> None:
     assert {(cell.shape, cell.tokens) for cell in plan.cells} == {
         (s, t) for s in ("S1", "S2") for t in (256, 1024, 4096)
     }
-    assert "torch:bf16" in plan.peers
+    assert {"torch:bf16", "torch:fp32"} <= set(plan.peers)
 
 
 def test_without_a_compiler_there_are_no_floors_but_times(
@@ -164,6 +171,22 @@ def test_a_size_that_would_take_too_long_is_left_out() -> None:
         assert not outcome.samples
     finally:
         worker.close()
+
+
+def test_one_call_of_a_size_that_takes_too_long_is_enough() -> None:
+    shape = SHAPES["TINY"]
+    outcome, pace = runner.Outcome("sft", shape), runner.Pace(threads=1, rounds=3, seconds=0.2, max_call_s=1e-9)
+    with (
+        runner.problem_files(shape, sft=True) as folder,
+        runner.running(outcome, folder, ["ktmoe:AMXBF16_SFT"], {"ktmoe": Launch()}, pace, 16) as workers,
+    ):
+        runner.time_cell(workers, outcome, 16, pace)
+        assert [len(samples) for samples in outcome.samples.values()] == [1, 1]
+        runner.time_cell(workers, outcome, 32, pace)
+        costs.measure_memory(outcome, folder, {"ktmoe": Launch()}, pace)
+    assert {tokens for _, tokens, _ in outcome.samples} == {16}
+    assert [row["tokens"] for row in outcome.left_out] == [32]
+    assert outcome.memory == []
 
 
 def test_a_dead_process_is_an_error_not_a_hang() -> None:
