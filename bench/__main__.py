@@ -55,7 +55,7 @@ def run_shapes(args: Arguments, plan: Plan, pace: Pace) -> Iterator[Outcome]:
             with running(outcome, folder, names, args.launches, pace, max(sizes)) as workers:
                 for tokens in sizes:
                     time_cell(workers, outcome, tokens, pace)
-                if index == 0 and not outcome.sft and not args.options.cells_only:
+                if index == 0 and not args.options.cells_only:
                     costs.time_wrapper(workers, outcome, pace)
             if outcome.sft and not args.options.cells_only:
                 costs.measure_memory(outcome, folder, args.launches, pace)

@@ -10,6 +10,9 @@ from bench.impls import family_of
 from bench.peers import Launch
 from bench.runner import PAUSE_S, Outcome, Pace, Worker, WorkerError, say
 
+WRAPPER_TOKENS = {"inference": 1, "sft": 16}
+"""Few: the less there is to compute, the more a call's own cost weighs."""
+
 
 def time_overhead(workers: dict[str, Worker], outcome: Outcome, pace: Pace) -> None:
     """One token: us a call back to back, and after 80 ms without work."""
@@ -27,16 +30,29 @@ def time_overhead(workers: dict[str, Worker], outcome: Outcome, pace: Pace) -> N
 
 
 def time_wrapper(workers: dict[str, Worker], outcome: Outcome, pace: Pace) -> None:
-    """What the public forward costs beside the direct extension call, at one token."""
+    """What the public forward, and backward, cost beside the direct calls of the extension, which make no tensors.
+
+    The public backward makes new ones for the LoRA gradients, unless it has been given buffers: it is timed both ways.
+    """
     for name, worker in workers.items():
-        if family_of(name) == "ktmoe":
-            try:
-                cost = worker.ask("wrapper_cost", tokens=1, seconds=pace.seconds)
-            except WorkerError as e:
-                outcome.leave_out(name, str(e), 1)
-                continue
-            percent = 100 * (cost["wrapper"] / cost["direct"] - 1)
-            outcome.wrapper.append(outcome.row(name, tokens=1, **cost, percent=percent))
+        if family_of(name) != "ktmoe":
+            continue
+        try:
+            _wrapper_cost(worker, outcome, pace, buffers=False)
+            if outcome.sft:
+                _wrapper_cost(worker, outcome, pace, buffers=True)
+        except WorkerError as e:
+            outcome.leave_out(name, str(e), WRAPPER_TOKENS[outcome.mode])
+
+
+def _wrapper_cost(worker: Worker, outcome: Outcome, pace: Pace, *, buffers: bool) -> None:
+    tokens = WRAPPER_TOKENS[outcome.mode]
+    got = worker.ask("wrapper_cost", tokens=tokens, seconds=pace.seconds, buffers=buffers)
+    for pass_, wrapper, direct in zip(outcome.passes, got["wrapper"], got["direct"], strict=True):
+        if pass_ == "forward" and buffers:
+            continue
+        cost = {"pass": f"{pass_} into buffers" if buffers else pass_, "wrapper": wrapper, "direct": direct}
+        outcome.wrapper.append(outcome.row(worker.name, tokens=tokens, percent=100 * (wrapper / direct - 1)) | cost)
 
 
 def measure_memory(outcome: Outcome, folder: Path, found: dict[str, Launch], pace: Pace) -> None:

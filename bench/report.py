@@ -101,7 +101,8 @@ def wrapper_table(costs: Sequence[dict[str, Any]]) -> str:
     lines = []
     for cost in costs:
         us = [1e6 * s for s in (cost["wrapper"], cost["direct"], cost["wrapper"] - cost["direct"])]
-        lines.append([str(cost["tokens"]), cost["impl"], *(f"{u:.1f}" for u in us), f"{cost['percent']:+.1f} %"])
+        name = cost["impl"] + (f" {cost['pass']}" if cost["pass"] != "forward" else "")
+        lines.append([str(cost["tokens"]), name, *(f"{u:.1f}" for u in us), f"{cost['percent']:+.1f} %"])
     return _aligned(("tokens", "implementation", "wrapper us", "extension us", "cost us", "cost"), lines)
 
 

@@ -62,15 +62,18 @@ class Session:
         return self.step % self.impl.layers, batches[self.step % len(batches)]
 
     def _call(self, tokens: int) -> list[float]:
-        """Seconds of a forward, and of a backward in sft mode."""
         layer, batch = self._next(tokens)
+        return self._timed(self.impl, layer, batch)
+
+    def _timed(self, impl: impls.Trainable, layer: int, batch: tuple[torch.Tensor, ...]) -> list[float]:
+        """Seconds of a forward, and of a backward in sft mode."""
+        grad = torch.ones_like(batch[0])
         start = time.perf_counter()
-        y = self.impl.forward(layer, *batch)
+        y = impl.forward(layer, *batch)
         seconds = [time.perf_counter() - start]
         if self.sft:
-            grad = torch.ones_like(batch[0])
             start = time.perf_counter()
-            self.impl.backward(grad)
+            impl.backward(grad)
             seconds.append(time.perf_counter() - start)
         del y
         return seconds
@@ -99,21 +102,22 @@ class Session:
             after_idle.append(self._call(tokens))
         return {"hot": hot, "after_idle": after_idle}
 
-    def wrapper_cost(self, tokens: int, seconds: float) -> dict[str, float]:
-        """The public forward beside the direct extension call, taking turns: medians in seconds."""
-        direct = self.impl.direct()  # type: ignore[attr-defined]
-        times: dict[str, list[float]] = {"wrapper": [], "direct": []}
+    def wrapper_cost(self, tokens: int, seconds: float, buffers: bool) -> dict[str, list[float]]:
+        """The public calls beside the direct ones of the extension, taking turns: the median of each pass in seconds.
+
+        buffers: the LoRA gradients are written into buffers of the caller; for good.
+        """
+        impl: Any = self.impl
+        if buffers:
+            impl.give_buffers()
+        contestants: dict[str, impls.Trainable] = {"wrapper": impl, "direct": impl.direct()}
+        times: dict[str, list[list[float]]] = {name: [] for name in contestants}
         end = time.perf_counter() + seconds
         while len(times["direct"]) < 20 or time.perf_counter() < end:
-            for turn in ("wrapper", "direct") if self.step // 2 % 2 else ("direct", "wrapper"):
+            for name in sorted(contestants, reverse=self.step // 2 % 2 == 1):
                 _, batch = self._next(tokens)
-                start = time.perf_counter()
-                if turn == "wrapper":
-                    self.impl.forward(0, *batch)
-                else:
-                    direct(*batch)
-                times[turn].append(time.perf_counter() - start)
-        return {name: statistics.median(samples[4:]) for name, samples in times.items()}
+                times[name].append(self._timed(contestants[name], 0, batch))
+        return {name: [statistics.median(p) for p in zip(*rows[4:], strict=True)] for name, rows in times.items()}
 
     def memory(self, name: str, folder: str, shape: dict[str, Any], tokens: int, **options: Any) -> dict[str, int]:
         """Bytes that this process, which must be fresh, gains: by loading, by LoRA, and at most in a training step."""

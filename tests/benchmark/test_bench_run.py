@@ -92,6 +92,12 @@ def test_sft_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert row["held"] + row["lora"] <= row["peak"] < row["held"] + (1 << 30)
         assert (row["packed"] > 0) == (row["impl"] in ours)
         assert row["held"] >= row["packed"]
+    passes = ("forward", "backward", "backward into buffers")
+    assert {(row["impl"], row["pass"], row["tokens"]) for row in data["wrapper"]} == {
+        (name, pass_, 16) for name in ours for pass_ in passes
+    }
+    for row in data["wrapper"]:
+        assert row["percent"] == pytest.approx(100 * (row["wrapper"] / row["direct"] - 1))
     assert "held / packed" in capsys.readouterr().out
 
 
