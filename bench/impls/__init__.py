@@ -46,6 +46,7 @@ CLASSES = {
     "sft": {
         "ktmoe": "bench.impls.ours:Ktmoe",
         "torch": "bench.impls.eager:Torch",
+        "kt": "bench.impls.kt_sft:KtSft",
     },
 }
 
@@ -55,7 +56,10 @@ PEERS = {
         *("kt:BF16", "kt:AMXINT8", "kt:AMXINT4", "kt:RAWINT4", "kt:FP8", "kt:Q8_0", "kt:Q4_K"),
         *("llamacpp:BF16", "llamacpp:Q8_0", "llamacpp:Q4_K"),
     ),
-    "sft": ("torch:bf16", "torch:fp32"),
+    "sft": (
+        *("torch:bf16", "torch:fp32"),
+        *("kt:AMXBF16_SFT", "kt:AMXINT8_SFT", "kt:AMXINT4_SFT", "kt:AMXINT4_KGroup_SFT", "kt:FP8_SFT", "kt:MXFP4_SFT"),
+    ),
 }
 
 
@@ -65,7 +69,7 @@ def family_of(name: str) -> str:
 
 def bytes_per_weight(name: str) -> float:
     """About what an implementation holds for a weight, guessed from its name, to plan what fits the memory."""
-    parts = {"fp32": 4.0, "INT4": 0.65, "Q4": 0.65, "INT8": 1.1, "Q8": 1.1, "FP8": 1.1, "LLAMAFILE": 1.1}
+    parts = {"fp32": 4.0, "MXFP4": 0.65, "INT4": 0.65, "Q4": 0.65, "INT8": 1.1, "Q8": 1.1, "FP8": 1.1, "LLAMAFILE": 1.1}
     return next((size for part, size in parts.items() if part in name), 2.0)
 
 
