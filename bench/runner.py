@@ -33,9 +33,14 @@ class Pace:
     """For one implementation and cell, all rounds together; at least one call a round."""
     max_call_s: float = 5.0
     """A cell whose forward, or backward, would take longer, to judge by the one before, is left out. Where it does take
-    longer, one call is enough."""
+    longer, one round is enough."""
     patience_s: float = 180.0
     """A process that answers nothing for so long is given up."""
+
+    @property
+    def hopeless_s(self) -> float:
+        """A first call, which is slower than the next ones, that takes even longer is not repeated to be measured."""
+        return 4 * self.max_call_s
 
 
 class WorkerError(RuntimeError):
@@ -176,7 +181,7 @@ def time_cell(workers: dict[str, Worker], outcome: Outcome, tokens: int, pace: P
             warm = 1 if round_ == 0 or tokens <= 256 else 0
             if outcome.slowest_pass(worker.name, tokens) > pace.max_call_s:
                 continue
-            more = {"seconds": pace.seconds / pace.rounds, "warm": warm, "max_call_s": pace.max_call_s}
+            more = {"seconds": pace.seconds / pace.rounds, "warm": warm, "hopeless_s": pace.hopeless_s}
             try:
                 got = worker.ask("time", tokens=tokens, **more)
             except WorkerError as e:

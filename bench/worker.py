@@ -78,14 +78,14 @@ class Session:
         del y
         return seconds
 
-    def time(self, tokens: int, seconds: float, warm: int, max_call_s: float = math.inf) -> dict[str, Any]:
+    def time(self, tokens: int, seconds: float, warm: int, hopeless_s: float = math.inf) -> dict[str, Any]:
         """Calls for about `seconds` after `warm` calls that do not count: {"samples": [[forward, backward?], ...]}.
 
-        A warm call that takes longer than `max_call_s` does count, and is the only one.
+        A warm call that takes longer than `hopeless_s` does count, and is the only one.
         """
         for _ in range(warm):
             first = self._call(tokens)
-            if max(first) > max_call_s:
+            if max(first) > hopeless_s:
                 return {"samples": [first]}
         samples: list[list[float]] = []
         end = time.perf_counter() + seconds
