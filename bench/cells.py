@@ -11,8 +11,9 @@ from bench import impls
 from bench.limits import last_level_cache
 from bench.problem import SHAPES, Shape
 
-TOKENS = {"inference": (1, 4, 16, 64, 256, 1024, 4096), "sft": (16, 256, 1024)}
-DEFAULT_SHAPES = {"inference": ("S1", "S2"), "sft": ("S1",)}
+TOKENS = {"inference": (1, 4, 16, 64, 256, 1024, 4096), "sft": (256, 1024, 4096)}
+QUICK_TOKENS = {"inference": (1, 16, 256), "sft": (256,)}
+DEFAULT_SHAPES = ("S1", "S2")
 MOST_EXPERTS = 32
 """Of a shape that is reduced: more would only take longer to load."""
 LARGE = 8 << 30

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 
 from bench.limits import Limit
 
-INT8_ACTIVATIONS = frozenset({"AMXINT8", "AMXINT4", "MOE_INT8", "MOE_INT4", "AMXINT8_SFT", "AMXINT4_SFT"})
-"""Methods that multiply int8 by int8. All others multiply bf16, or fp32 where the CPU has nothing for bf16."""
+INT8_ACTIVATIONS = frozenset({"AMXINT8", "AMXINT4", "MOE_INT8", "MOE_INT4", "AMXINT8_SFT"})
+"""Methods that are held against the int8 peak. All others against bf16, or fp32 where the CPU has nothing for bf16.
+AMXINT4_SFT multiplies int8 too, but pays for unpacking: it is held against what its peers of 4 bits are."""
 NEVER_AMX = "MOE_"
 """Methods of this prefix are for machines without AMX and do not use it."""
 

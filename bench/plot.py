@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,14 +42,16 @@ def roofs(axes: Axes, limits: Sequence[Limit], low: float, high: float) -> None:
 
 
 def draw(rows: Sequence[dict[str, Any]], limits: Sequence[Limit], title: str, path: Path) -> None:
-    """rows: cells that have a floor. One panel a shape, one line a method, a point labelled with its tokens."""
-    shapes = list(dict.fromkeys(row["shape"] for row in rows)) or [""]
-    figure, panels = pyplot.subplots(1, len(shapes), figsize=(8.5 * len(shapes), 6.5), squeeze=False, sharey=True)
-    intensities = [row["floor"]["intensity"] for row in rows] or [1.0]
+    """rows: cells that have a floor. One panel a shape, a row of them a mode, one line a method and pass."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    size = (8.5 * len(shapes), 6.5 * len(modes))
+    figure, panels = pyplot.subplots(len(modes), len(shapes), figsize=size, squeeze=False, sharey=True)
+    intensities = [row["floor"]["intensity"] for row in rows]
     low, high = min(intensities) / 2.5, max(*intensities, 100.0) * 3
-    for axes, shape in zip(panels[0], shapes, strict=True):
+    for axes, (mode, shape) in zip(panels.flat, itertools.product(modes, shapes), strict=True):
         roofs(axes, limits, low, high)
-        of_shape = [row for row in rows if row["shape"] == shape]
+        of_shape = [row for row in rows if (row["mode"], row["shape"]) == (mode, shape)]
         lines = list(dict.fromkeys((row["impl"], row["pass"]) for row in of_shape))
         for index, (impl, pass_) in enumerate(lines):
             line = [row for row in of_shape if (row["impl"], row["pass"]) == (impl, pass_)]
@@ -60,13 +63,14 @@ def draw(rows: Sequence[dict[str, Any]], limits: Sequence[Limit], title: str, pa
                 axes.annotate(
                     str(row["tokens"]), (x, y), textcoords="offset points", xytext=(6, -11), fontsize=8, color=color
                 )
-        axes.set(xscale="log", yscale="log", xlabel="operations / byte of touched weights", title=shape)
+        axes.set(xscale="log", yscale="log", xlabel="operations / byte of touched weights", title=f"{shape}, {mode}")
         axes.set_xlim(low, high)
         axes.set_ylim(top=2 * max(limit.median for limit in limits if limit.kind in KINDS))
         axes.grid(True, which="both", alpha=0.2)
         if lines:
             axes.legend(loc="lower right", title="method (labels: tokens)", fontsize=9)
-    panels[0][0].set_ylabel("Gop/s achieved")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("Gop/s achieved")
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -6,16 +6,27 @@ Needs torch alone, because the interpreters of peers import it too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
 Packed = TypeVar("Packed")
+
+
+class Gradients(NamedTuple):
+    """What one backward gives."""
+
+    x: Tensor
+    """[tokens, hidden]"""
+    lora: Sequence[Tensor]
+    """In the order and shapes of `Problem.lora`."""
+
+
 LORA_RANK = 16
 LORA_ALPHA = 32.0
 CHECK_TOKENS = 16
@@ -116,10 +127,12 @@ class Problem:
         g = torch.Generator().manual_seed(1)
         e, h, i, r = self.shape.experts, self.shape.hidden, self.shape.inter, LORA_RANK
         shapes = ((e, r, h), (e, i, r), (e, r, h), (e, i, r), (e, r, i), (e, h, r))
-        return [torch.randn(s, generator=g) / math.sqrt(s[2]) for s in shapes]
+        return [torch.randn(s, generator=g).div_(math.sqrt(s[2])) for s in shapes]  # in place: memory is measured
 
-    def expected(self) -> dict[str, Tensor]:
-        return torch.load(self.folder / "reference.pt")
+    def expected(self) -> dict[str, list[Tensor]]:
+        """What `reference` gave."""
+        found: dict[str, list[Tensor]] = torch.load(self.folder / "reference.pt")
+        return found
 
 
 def routing(shape: Shape, tokens: int, seed: int) -> Tensor:
@@ -164,21 +177,36 @@ def with_lora(times: Linear, lora: list[Tensor]) -> Linear:
     return both
 
 
-def reference(problem: Problem, x: Tensor, ids: Tensor, mix: Tensor, *, sft: bool) -> dict[str, Tensor]:
-    """float64 on the original bf16 weights: {"y"}, and with `sft` (LoRA added) {"grad_x"} of y.sum()."""
+class _InDouble(torch.autograd.Function):
+    """linear(v, w) in float64 for a frozen bf16 w, of which backward keeps no float64 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, w: Tensor) -> Tensor:
+        ctx.w = w
+        return linear(v, w.double())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.w.double(), None
+
+
+def reference(problem: Problem, x: Tensor, ids: Tensor, mix: Tensor, *, sft: bool) -> dict[str, list[Tensor]]:
+    """float64 on the bf16 weights: {"y"}; with `sft` (LoRA added) gradients of y.sum(), too: {"x", "lora"}."""
 
     def times(v: Tensor, which: int, e: int) -> Tensor:
-        return linear(v, problem.weights[which][e].double())
+        out: Tensor = _InDouble.apply(v, problem.weights[which][e])
+        return out
 
     x = x.double().requires_grad_(sft)
-    y = expert_loop(x, ids, mix, with_lora(times, [t.double() for t in problem.lora()]) if sft else times)
     if not sft:
-        return {"y": y}
-    y.sum().backward()
-    assert x.grad is not None
-    return {"y": y.detach(), "grad_x": x.grad}
+        return {"y": [expert_loop(x, ids, mix, times)]}
+    lora = [t.double().requires_grad_() for t in problem.lora()]
+    y = expert_loop(x, ids, mix, with_lora(times, lora))
+    grad_x, *grad_lora = torch.autograd.grad(y.sum(), [x, *lora])
+    return {"y": [y.detach()], "x": [grad_x], "lora": grad_lora}
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """||got - want|| / ||want||"""
-    return float((got.double() - want).norm() / want.norm())
+def relative_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """||got - want|| / ||want|| over all elements of all tensors."""
+    off = sum(float((g.double() - w).square().sum()) for g, w in zip(got, want, strict=True))
+    return math.sqrt(off / sum(float(w.square().sum()) for w in want))

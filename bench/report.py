@@ -13,22 +13,21 @@ from bench.runner import Outcome
 
 
 def rows_of(outcome: Outcome, limits: Sequence[Limit]) -> list[dict[str, Any]]:
-    """One row for each implementation, size and pass. Without limits, or for a peer, `floor` is None."""
+    """One row for each implementation, size and pass. Without limits, or for a peer, `floor` is None.
+
+    Forward and backward have a floor each: both meet every base weight once for each row, and read it once. What LoRA
+    and its gradients add is not in the floor. `error` is that of y, or of the gradient of x; `lora_error` is that of
+    all LoRA gradients together.
+    """
     shape, rows = outcome.shape, []
     touched = {tokens: touched_experts(shape, tokens) for tokens in {t for _, t, _ in outcome.samples}}
     for (name, tokens, pass_), seconds in outcome.samples.items():
         loaded = outcome.loaded[name]
-        row: dict[str, Any] = {
-            "shape": shape.name,
-            "experts": shape.experts,
-            "tokens": tokens,
-            "impl": name,
-            "pass": pass_,
-        }
-        row |= summary(seconds)
+        row = outcome.row(name, experts=shape.experts, tokens=tokens) | {"pass": pass_} | summary(seconds)
         row |= {
             "gops": shape.flops(tokens) / row["ms"] / 1e6,
             "error": loaded["grad_error" if pass_ == "backward" else "error"],
+            "lora_error": loaded["lora_error"] if pass_ == "backward" else None,
             "floor": None,
             "fraction": None,
             "samples_ms": [round(1e3 * s, 4) for s in seconds],
@@ -47,10 +46,14 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}g}" if value < 10**digits else f"{value:.0f}"
 
 
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
 def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Columns as wide as needed; the first to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    left = {"implementation", "fastest peer as accurate", "bound", "test"}
+    left = {"implementation", "fastest peer as accurate", "bound", "test", "pass"}
 
     def text(line: Sequence[str]) -> str:
         cells = (c.ljust(w) if h in left else c.rjust(w) for h, c, w in zip(header, line, widths, strict=True))
@@ -60,8 +63,10 @@ def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def cell_table(rows: Sequence[dict[str, Any]]) -> str:
+    sft = any(row["lora_error"] is not None for row in rows)
     header = (
         *("tokens", "implementation", "ms", "p10", "p90", "Gop/s", "floor ms", "of floor", "bound", "error"),
+        *(("LoRA error",) if sft else ()),
         *("time / peer", "fastest peer as accurate"),
     )
     lines = []
@@ -71,7 +76,8 @@ def cell_table(rows: Sequence[dict[str, Any]]) -> str:
         times = [_number(row[key]) for key in ("ms", "p10", "p90", "gops")]
         bounds = [_number(floor["ms"]), f"{row['fraction']:.2f}", floor["bound"]] if floor else ["-", "-", "-"]
         peer = [f"{row['fair_peer_ratio']:.2f}x", row["fair_peer"]] if row["fair_peer"] else ["-", "-"]
-        lines.append([str(row["tokens"]), name, *times, *bounds, f"{row['error']:.1e}", *peer])
+        errors = [f"{row['error']:.1e}", *([_error(row["lora_error"])] if sft else [])]
+        lines.append([str(row["tokens"]), name, *times, *bounds, *errors, *peer])
     return _aligned(header, lines)
 
 
@@ -95,5 +101,18 @@ def wrapper_table(costs: Sequence[dict[str, Any]]) -> str:
     lines = []
     for cost in costs:
         us = [1e6 * s for s in (cost["wrapper"], cost["direct"], cost["wrapper"] - cost["direct"])]
-        lines.append([f"{cost['shape']} {cost['impl']}", *(f"{u:.1f}" for u in us), f"{cost['percent']:+.1f} %"])
-    return _aligned(("implementation", "wrapper.forward us", "layer.forward us", "cost us", "cost"), lines)
+        name = cost["impl"] + (f" {cost['pass']}" if cost["pass"] != "forward" else "")
+        lines.append([str(cost["tokens"]), name, *(f"{u:.1f}" for u in us), f"{cost['percent']:+.1f} %"])
+    return _aligned(("tokens", "implementation", "wrapper us", "extension us", "cost us", "cost"), lines)
+
+
+def memory_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Of a peer nobody knows how much of what it holds are packed weights."""
+    header = ("tokens", "implementation", "packed", "held", "held / packed", "LoRA", "peak", "peak over packed")
+    lines = []
+    for row in rows:
+        packed, held, lora, peak = (row[key] / 2**20 for key in ("packed", "held", "lora", "peak"))
+        known = [f"{packed:.0f}", f"{held / packed:.3f}", f"{peak - packed:.0f}"] if packed else ["-"] * 3
+        numbers = [known[0], f"{held:.0f}", known[1], f"{lora:.0f}", f"{peak:.0f}", known[2]]
+        lines.append([str(row["tokens"]), row["impl"], *numbers])
+    return _aligned(header, lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,9 +32,15 @@ class Pace:
     seconds: float = 1.0
     """For one implementation and cell, all rounds together; at least one call a round."""
     max_call_s: float = 5.0
-    """A cell whose call would take longer, to judge by the one before, is left out."""
+    """A cell whose forward, or backward, would take longer, to judge by the one before, is left out. Where it does take
+    longer, one round is enough."""
     patience_s: float = 180.0
     """A process that answers nothing for so long is given up."""
+
+    @property
+    def hopeless_s(self) -> float:
+        """A first call, which is slower than the next ones, that takes even longer is not repeated to be measured."""
+        return 4 * self.max_call_s
 
 
 class WorkerError(RuntimeError):
@@ -73,7 +78,7 @@ class Worker:
         return answer
 
     def expects(self, tokens: int) -> float:
-        """Seconds that a call of this size takes at most, judged by the last size; time grows no faster than tokens."""
+        """Seconds that a pass of this size takes at most, judged by the last size: time grows no faster than tokens."""
         return self.fastest_s * tokens / self.tokens if self.tokens else 0.0
 
     def close(self) -> None:
@@ -89,15 +94,34 @@ class Worker:
 class Outcome:
     """Of one shape: what was loaded, the samples in seconds by (implementation, tokens, pass), what was left out."""
 
+    mode: str
+    """"inference" or "sft"."""
     shape: Shape
     loaded: dict[str, dict[str, Any]] = field(default_factory=dict)
     samples: dict[tuple[str, int, str], list[float]] = field(default_factory=dict)
     left_out: list[dict[str, Any]] = field(default_factory=list)
     overhead: list[dict[str, Any]] = field(default_factory=list)
-    wrapper: dict[str, dict[str, float]] = field(default_factory=dict)
+    wrapper: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def sft(self) -> bool:
+        return self.mode == "sft"
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ("forward", "backward") if self.sft else ("forward",)
+
+    def slowest_pass(self, name: str, tokens: int) -> float:
+        """The fastest sample, in seconds, of the slowest pass; 0 before there are any."""
+        return max(min(self.samples.get((name, tokens, pass_), [0.0])) for pass_ in self.passes)
+
+    def row(self, name: str, **more: Any) -> dict[str, Any]:
+        """A line of the results about one implementation."""
+        return {"mode": self.mode, "shape": self.shape.name, "impl": name, **more}
 
     def leave_out(self, name: str, why: str, tokens: int | None = None) -> None:
-        self.left_out.append({"shape": self.shape.name, "impl": name, "tokens": tokens, "why": why})
+        self.left_out.append(self.row(name, tokens=tokens, why=why))
         say(f"  {name}{f' at {tokens} tokens' if tokens else ''}: left out, {why}")
 
 
@@ -106,35 +130,43 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def running(
-    shape: Shape, names: Sequence[str], found: dict[str, Launch], pace: Pace, max_tokens: int, *, sft: bool
-) -> Iterator[tuple[dict[str, Worker], Outcome]]:
-    """Workers with the shape loaded and their errors measured; those that fail are left out."""
-    outcome, workers = Outcome(shape), {}
+def problem_files(shape: Shape, *, sft: bool) -> Iterator[Path]:
+    """A folder with the weights and the reference, for as long as it is needed."""
     with tempfile.TemporaryDirectory(prefix="ktmoe-bench-") as folder:
         say(f"{shape}: making weights and the float64 reference")
         save_problem(Path(folder), shape, sft=sft)
-        try:
-            for name in names:
-                worker = Worker(name, found[family_of(name)], pace.patience_s)
-                layers = 1 if sft else layers_for(shape, name)
-                options = {"layers": layers, "threads": pace.threads, "max_tokens": max(max_tokens, 16), "sft": sft}
-                workers[name] = worker
-                try:
-                    loaded = worker.ask("init", name=name, folder=folder, shape=asdict(shape), **options)
-                    outcome.loaded[name] = {**loaded, "layers": layers, **worker.ask("check")}
-                except WorkerError as e:
-                    workers.pop(name).close()
-                    outcome.leave_out(name, str(e))
-                    continue
-                say(f"  {name}: loaded in {loaded['load_s']:.1f} s, error {outcome.loaded[name]['error']:.2e}")
-            yield workers, outcome
-        finally:
-            for worker in workers.values():
-                worker.close()
+        yield Path(folder)
 
 
-def time_cell(workers: dict[str, Worker], outcome: Outcome, tokens: int, pace: Pace, *, sft: bool) -> None:
+@contextmanager
+def running(
+    outcome: Outcome, folder: Path, names: Sequence[str], found: dict[str, Launch], pace: Pace, max_tokens: int
+) -> Iterator[dict[str, Worker]]:
+    """Workers with the outcome's shape loaded and their errors measured; those that fail are left out."""
+    workers: dict[str, Worker] = {}
+    try:
+        for name in names:
+            worker = Worker(name, found[family_of(name)], pace.patience_s)
+            layers = 1 if outcome.sft else layers_for(outcome.shape, name)
+            options = {"threads": pace.threads, "max_tokens": max(max_tokens, 16), "sft": outcome.sft}
+            workers[name] = worker
+            try:
+                loaded = worker.ask(
+                    "init", name=name, folder=str(folder), shape=asdict(outcome.shape), layers=layers, **options
+                )
+                outcome.loaded[name] = {**loaded, "layers": layers, **worker.ask("check")}
+            except WorkerError as e:
+                workers.pop(name).close()
+                outcome.leave_out(name, str(e))
+                continue
+            say(f"  {name}: loaded in {loaded['load_s']:.1f} s, error {outcome.loaded[name]['error']:.2e}")
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def time_cell(workers: dict[str, Worker], outcome: Outcome, tokens: int, pace: Pace) -> None:
     """All rounds of one cell. Every other round goes backwards through the implementations."""
     say(f"  {tokens} tokens")
     live = []
@@ -143,54 +175,25 @@ def time_cell(workers: dict[str, Worker], outcome: Outcome, tokens: int, pace: P
             outcome.leave_out(worker.name, f"a call may take {worker.expects(tokens):.0f} s", tokens)
         else:
             live.append(worker)
-    names = ("forward", "backward") if sft else ("forward",)
     for round_ in range(pace.rounds):
         for worker in live[:: -1 if round_ % 2 else 1]:
             time.sleep(PAUSE_S)
             warm = 1 if round_ == 0 or tokens <= 256 else 0
+            if outcome.slowest_pass(worker.name, tokens) > pace.max_call_s:
+                continue
+            more = {"seconds": pace.seconds / pace.rounds, "warm": warm, "hopeless_s": pace.hopeless_s}
             try:
-                got = worker.ask("time", tokens=tokens, seconds=pace.seconds / pace.rounds, warm=warm)
+                got = worker.ask("time", tokens=tokens, **more)
             except WorkerError as e:
                 outcome.leave_out(worker.name, str(e), tokens)
                 worker.close()
                 del workers[worker.name]
                 live = [w for w in live if w is not worker]
-                for pass_ in names:
+                for pass_ in outcome.passes:
                     outcome.samples.pop((worker.name, tokens, pass_), None)
                 continue
-            for pass_, column in zip(names, zip(*got["samples"], strict=True), strict=True):
+            for pass_, column in zip(outcome.passes, zip(*got["samples"], strict=True), strict=True):
                 outcome.samples.setdefault((worker.name, tokens, pass_), []).extend(column)
     for worker in live:
         worker.tokens = tokens
-        worker.fastest_s = sum(min(outcome.samples[worker.name, tokens, p]) for p in names)
-
-
-def time_overhead(workers: dict[str, Worker], outcome: Outcome, pace: Pace) -> None:
-    """One token: us a call back to back, and after 80 ms without work."""
-    for name, worker in workers.items():
-        try:
-            got = worker.ask("overhead", tokens=1, seconds=pace.seconds / 2, idle_s=PAUSE_S, idle_calls=12)
-        except WorkerError as e:
-            outcome.leave_out(name, str(e), 1)
-            continue
-        hot, idle = (sorted(1e6 * s[0] for s in got[key]) for key in ("hot", "after_idle"))
-        outcome.overhead.append(
-            {
-                "shape": outcome.shape.name,
-                "impl": name,
-                "us": statistics.median(hot),
-                "p10": hot[len(hot) // 10],
-                "p90": hot[len(hot) * 9 // 10],
-                "after_idle_us": statistics.median(idle),
-            }
-        )
-
-
-def time_wrapper(workers: dict[str, Worker], outcome: Outcome, pace: Pace) -> None:
-    """What the public forward costs beside the direct extension call, at one token."""
-    for name, worker in workers.items():
-        if family_of(name) == "ktmoe":
-            try:
-                outcome.wrapper[name] = worker.ask("wrapper_cost", tokens=1, seconds=pace.seconds)
-            except WorkerError as e:
-                outcome.leave_out(name, str(e), 1)
+        worker.fastest_s = outcome.slowest_pass(worker.name, tokens)

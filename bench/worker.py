@@ -6,6 +6,7 @@ Started by `runner.Worker`, in the interpreter of the implementation's family.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -19,7 +20,7 @@ os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 import torch  # noqa: E402
 
-from bench import impls  # noqa: E402
+from bench import impls, memory  # noqa: E402
 from bench.problem import CHECK_SEED, CHECK_TOKENS, Problem, Shape, batch_seeds, relative_error  # noqa: E402
 
 
@@ -32,6 +33,8 @@ class Session:
         self.problem, self.sft = Problem(Path(folder), Shape(**shape)), options["sft"]
         start = time.perf_counter()
         self.impl = impls.make(name, self.problem, **options)
+        if self.sft:
+            self.impl.set_lora(self.problem.lora())
         seconds = time.perf_counter() - start
         return {
             "load_s": seconds / self.impl.layers,
@@ -43,9 +46,11 @@ class Session:
         """Relative L2 errors against float64 on the original weights."""
         want = self.problem.expected()
         y = self.impl.forward(0, *self.problem.batch(CHECK_TOKENS, CHECK_SEED))
-        errors = {"error": relative_error(y, want["y"])}
+        errors = {"error": relative_error([y], want["y"])}
         if self.sft:
-            errors["grad_error"] = relative_error(self.impl.backward(torch.ones_like(y)), want["grad_x"])
+            grads = self.impl.backward(torch.ones_like(y))
+            errors["grad_error"] = relative_error([grads.x], want["x"])
+            errors["lora_error"] = relative_error(grads.lora, want["lora"])
         return errors
 
     def _next(self, tokens: int) -> tuple[int, tuple[torch.Tensor, ...]]:
@@ -57,23 +62,31 @@ class Session:
         return self.step % self.impl.layers, batches[self.step % len(batches)]
 
     def _call(self, tokens: int) -> list[float]:
-        """Seconds of a forward, and of a backward in sft mode."""
         layer, batch = self._next(tokens)
+        return self._timed(self.impl, layer, batch)
+
+    def _timed(self, impl: impls.Trainable, layer: int, batch: tuple[torch.Tensor, ...]) -> list[float]:
+        """Seconds of a forward, and of a backward in sft mode."""
+        grad = torch.ones_like(batch[0])
         start = time.perf_counter()
-        y = self.impl.forward(layer, *batch)
+        y = impl.forward(layer, *batch)
         seconds = [time.perf_counter() - start]
         if self.sft:
-            grad = torch.ones_like(batch[0])
             start = time.perf_counter()
-            self.impl.backward(grad)
+            impl.backward(grad)
             seconds.append(time.perf_counter() - start)
         del y
         return seconds
 
-    def time(self, tokens: int, seconds: float, warm: int) -> dict[str, Any]:
-        """Calls for about `seconds` after `warm` calls that do not count: {"samples": [[forward, backward?], ...]}."""
+    def time(self, tokens: int, seconds: float, warm: int, hopeless_s: float = math.inf) -> dict[str, Any]:
+        """Calls for about `seconds` after `warm` calls that do not count: {"samples": [[forward, backward?], ...]}.
+
+        A warm call that takes longer than `hopeless_s` does count, and is the only one.
+        """
         for _ in range(warm):
-            self._call(tokens)
+            first = self._call(tokens)
+            if max(first) > hopeless_s:
+                return {"samples": [first]}
         samples: list[list[float]] = []
         end = time.perf_counter() + seconds
         while not samples or time.perf_counter() < end:
@@ -89,21 +102,41 @@ class Session:
             after_idle.append(self._call(tokens))
         return {"hot": hot, "after_idle": after_idle}
 
-    def wrapper_cost(self, tokens: int, seconds: float) -> dict[str, float]:
-        """The public forward beside the direct extension call, taking turns: medians in seconds."""
-        direct = self.impl.direct()  # type: ignore[attr-defined]
-        times: dict[str, list[float]] = {"wrapper": [], "direct": []}
+    def wrapper_cost(self, tokens: int, seconds: float, buffers: bool) -> dict[str, list[float]]:
+        """The public calls beside the direct ones of the extension, taking turns: the median of each pass in seconds.
+
+        buffers: the LoRA gradients are written into buffers of the caller; for good.
+        """
+        impl: Any = self.impl
+        if buffers:
+            impl.give_buffers()
+        contestants: dict[str, impls.Trainable] = {"wrapper": impl, "direct": impl.direct()}
+        times: dict[str, list[list[float]]] = {name: [] for name in contestants}
         end = time.perf_counter() + seconds
         while len(times["direct"]) < 20 or time.perf_counter() < end:
-            for turn in ("wrapper", "direct") if self.step // 2 % 2 else ("direct", "wrapper"):
+            for name in sorted(contestants, reverse=self.step // 2 % 2 == 1):
                 _, batch = self._next(tokens)
-                start = time.perf_counter()
-                if turn == "wrapper":
-                    self.impl.forward(0, *batch)
-                else:
-                    direct(*batch)
-                times[turn].append(time.perf_counter() - start)
-        return {name: statistics.median(samples[4:]) for name, samples in times.items()}
+                times[name].append(self._timed(contestants[name], 0, batch))
+        return {name: [statistics.median(p) for p in zip(*rows[4:], strict=True)] for name, rows in times.items()}
+
+    def memory(self, name: str, folder: str, shape: dict[str, Any], tokens: int, **options: Any) -> dict[str, int]:
+        """Bytes that this process, which must be fresh, gains: by loading, by LoRA, and at most in a training step."""
+        problem = Problem(Path(folder), Shape(**shape))
+        batch = problem.batch(tokens, CHECK_SEED)
+        grad = torch.ones_like(batch[0])
+        impls.class_of(name, sft=True)  # libraries are not what is measured
+        before = memory.resident()
+        impl = impls.make(name, problem, **options)
+        memory.drop_pages(problem.weights)
+        held = memory.resident() - before
+        impl.set_lora(problem.lora())
+        lora = memory.resident() - before - held
+        memory.forget_peak()
+        y = impl.forward(0, *batch)
+        grads = impl.backward(grad)
+        peak = memory.peak() - before
+        del y, grads
+        return {"packed": impl.packed_bytes, "held": held, "lora": lora, "peak": peak}
 
 
 def serve() -> None:

@@ -6,13 +6,14 @@ what they drive when they are made, so that a family that is not installed costs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from bench.problem import Problem
+from bench.problem import Gradients, Problem
 
 
 class Implementation(Protocol):
@@ -22,16 +23,31 @@ class Implementation(Protocol):
 
     def forward(self, layer: int, x: Tensor, ids: Tensor, mix: Tensor) -> Tensor: ...
 
-    def backward(self, grad: Tensor) -> Tensor:
-        """Gradient of x of the last forward; only in sft mode."""
+
+class Trainable(Implementation, Protocol):
+    """In sft mode."""
+
+    def set_lora(self, lora: list[Tensor]) -> None:
+        """Once, before the first forward. lora: as from `Problem.lora`."""
+        ...
+
+    def backward(self, grad: Tensor) -> Gradients:
+        """Of the last forward."""
         ...
 
 
 CLASSES = {
-    "ktmoe": "bench.impls.ours:Ktmoe",
-    "torch": "bench.impls.eager:Torch",
-    "kt": "bench.impls.kt:Kt",
-    "llamacpp": "bench.impls.ggml:LlamaCpp",
+    "inference": {
+        "ktmoe": "bench.impls.ours:Ktmoe",
+        "torch": "bench.impls.eager:Torch",
+        "kt": "bench.impls.kt:Kt",
+        "llamacpp": "bench.impls.ggml:LlamaCpp",
+    },
+    "sft": {
+        "ktmoe": "bench.impls.ours:Ktmoe",
+        "torch": "bench.impls.eager:Torch",
+        "kt": "bench.impls.kt_sft:KtSft",
+    },
 }
 
 PEERS = {
@@ -40,7 +56,10 @@ PEERS = {
         *("kt:BF16", "kt:AMXINT8", "kt:AMXINT4", "kt:RAWINT4", "kt:FP8", "kt:Q8_0", "kt:Q4_K"),
         *("llamacpp:BF16", "llamacpp:Q8_0", "llamacpp:Q4_K"),
     ),
-    "sft": ("torch:bf16",),
+    "sft": (
+        *("torch:bf16", "torch:fp32"),
+        *("kt:AMXBF16_SFT", "kt:AMXINT8_SFT", "kt:AMXINT4_SFT", "kt:AMXINT4_KGroup_SFT", "kt:FP8_SFT", "kt:MXFP4_SFT"),
+    ),
 }
 
 
@@ -50,16 +69,22 @@ def family_of(name: str) -> str:
 
 def bytes_per_weight(name: str) -> float:
     """About what an implementation holds for a weight, guessed from its name, to plan what fits the memory."""
-    parts = {"fp32": 4.0, "INT4": 0.65, "Q4": 0.65, "INT8": 1.1, "Q8": 1.1, "FP8": 1.1, "LLAMAFILE": 1.1}
+    parts = {"fp32": 4.0, "MXFP4": 0.65, "INT4": 0.65, "Q4": 0.65, "INT8": 1.1, "Q8": 1.1, "FP8": 1.1, "LLAMAFILE": 1.1}
     return next((size for part, size in parts.items() if part in name), 2.0)
 
 
-def make(name: str, problem: Problem, **options: Any) -> Implementation:
-    """options: layers, threads, max_tokens, sft. ValueError for an unknown family."""
-    family, _, variant = name.partition(":")
-    if family not in CLASSES:
-        raise ValueError(f"implementation: got {name!r}, expected one of the families {', '.join(CLASSES)}")
-    module, _, cls = CLASSES[family].partition(":")
+def class_of(name: str, *, sft: bool) -> Callable[..., Any]:
+    """ValueError for a family that the mode does not have."""
+    classes = CLASSES["sft" if sft else "inference"]
+    if family_of(name) not in classes:
+        raise ValueError(f"implementation: got {name!r}, expected one of the families {', '.join(classes)}")
+    module, _, cls = classes[family_of(name)].partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), cls)
+    return found
+
+
+def make(name: str, problem: Problem, **options: Any) -> Trainable:
+    """Base weights loaded; without sft it is an `Implementation` only. options: layers, threads, max_tokens, sft."""
     torch.set_num_threads(options["threads"])
-    made: Implementation = getattr(import_module(module), cls)(variant, problem, **options)
+    made: Trainable = class_of(name, sft=options["sft"])(name.partition(":")[2], problem, **options)
     return made

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.problem import Problem, expert_loop, with_lora
+from bench.problem import Gradients, Problem, expert_loop, with_lora
 
 
 class Torch:
@@ -21,11 +21,13 @@ class Torch:
             raise ValueError(f"torch: got variant {variant!r}, expected bf16, fp32 or grouped")
         if variant == "grouped" and not hasattr(functional, "grouped_mm"):
             raise RuntimeError(f"torch {torch.__version__} has no functional.grouped_mm")
+        if variant == "grouped" and sft:
+            raise ValueError("torch:grouped: only inference is measured")
         self.layers, self.sft, self.variant, self.problem = layers, sft, variant, problem
         self.dtype = torch.float32 if variant == "fp32" else torch.bfloat16
-        # The bf16 weights stay in the mapped file: every layer is the same memory, larger than the caches or not.
-        self.weights = [w.to(self.dtype) for w in problem.weights]
-        self.lora = [t.to(self.dtype).requires_grad_() for t in problem.lora()] if sft else []
+        # For inference bf16 weights stay in the mapped file: every layer is the same memory, larger than the caches or
+        # not. In training the memory of the process is measured, so it has its own.
+        self.weights = [w.to(self.dtype, copy=sft) for w in problem.weights]
 
     def forward(self, layer: int, x: Tensor, ids: Tensor, mix: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.sft):
@@ -54,9 +56,10 @@ class Torch:
         y[order] = rows
         return y.view(tokens, top_k, -1).sum(1)
 
-    def backward(self, grad: Tensor) -> Tensor:
-        for factor in self.lora:
-            factor.grad = None
-        self.y.backward(grad.to(self.dtype))
-        assert self.x.grad is not None
-        return self.x.grad
+    def set_lora(self, lora: list[Tensor]) -> None:
+        self.lora = [t.to(self.dtype).requires_grad_() for t in lora]
+
+    def backward(self, grad: Tensor) -> Gradients:
+        grad_x, *grad_lora = torch.autograd.grad(self.y, [self.x, *self.lora], grad.to(self.dtype))
+        del self.x, self.y  # the graph lives with them
+        return Gradients(grad_x, grad_lora)

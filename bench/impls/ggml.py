@@ -108,8 +108,6 @@ class LlamaCpp:
     def __init__(
         self, variant: str, problem: Problem, *, layers: int, threads: int, max_tokens: int, sft: bool
     ) -> None:
-        if sft:
-            raise ValueError("llamacpp: only inference is measured")
         self.g, self.shape, self.layers = _Ggml(), problem.shape, layers
         self.type = self.g.type_number(variant)
         self.backend = self.g.backend_cpu_init()
@@ -167,9 +165,6 @@ class LlamaCpp:
         if graph is None or graph.tokens != len(x):
             graph = self.graphs[layer] = _Graph(self.g, self.shape, self.weights[layer], len(x))
         return graph.run(self.backend, x, ids, mix)
-
-    def backward(self, grad: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class _Graph:

@@ -9,26 +9,19 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from bench.problem import Problem
 
-# The class of each variant, the best level first; which of them exist depends on the CPU.
-CLASSES = {
-    "BF16": ("AMXBF16_MOE", "AVX2BF16_MOE"),
-    "AMXINT8": ("AMXInt8_MOE",),
-    "AMXINT4": ("AMXInt4_MOE",),
-    "RAWINT4": ("AMXInt4_KGroup_MOE", "AVX2RawInt4_MOE"),
-    "FP8": ("AMXFP8_MOE", "AVX2FP8_MOE"),
-    "Q8_0": ("MOE",),
-    "Q4_K": ("MOE",),
-}
 ROW_STEP = 32
 INT4_GROUP = 32
 FP8_BLOCK = 128
+E2M1_MIDDLES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+"""Between the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6."""
+MATRICES = ("gate", "up", "down")
 
 
 def environment() -> dict[str, str]:
@@ -44,14 +37,22 @@ def environment() -> dict[str, str]:
 
 class Kt:
     packed_bytes = 0
+    # The class of each variant, the best level first; which of them exist depends on the CPU.
+    classes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "BF16": ("AMXBF16_MOE", "AVX2BF16_MOE"),
+        "AMXINT8": ("AMXInt8_MOE",),
+        "AMXINT4": ("AMXInt4_MOE",),
+        "RAWINT4": ("AMXInt4_KGroup_MOE", "AVX2RawInt4_MOE"),
+        "FP8": ("AMXFP8_MOE", "AVX2FP8_MOE"),
+        "Q8_0": ("MOE",),
+        "Q4_K": ("MOE",),
+    }
 
     def __init__(
         self, variant: str, problem: Problem, *, layers: int, threads: int, max_tokens: int, sft: bool
     ) -> None:
         import kt_kernel
 
-        if sft:
-            raise ValueError("kt: only inference is measured")
         self.ext, self.problem, self.layers = kt_kernel.kt_kernel_ext, problem, layers
         self.cls = self._class(variant)
         self.cpu = self._pool(threads)
@@ -64,13 +65,13 @@ class Kt:
         self.moes = [self._load(config, layer) for layer in range(layers)]
 
     def _class(self, variant: str) -> type:
-        if variant not in CLASSES:
-            raise ValueError(f"kt: got variant {variant!r}, expected one of {', '.join(CLASSES)}")
-        for name in CLASSES[variant]:
+        if variant not in self.classes:
+            raise ValueError(f"kt: got variant {variant!r}, expected one of {', '.join(self.classes)}")
+        for name in self.classes[variant]:
             if hasattr(self.ext.moe, name):
                 found: type = getattr(self.ext.moe, name)
                 return found
-        raise RuntimeError(f"kt-kernel has no {' or '.join(CLASSES[variant])} on this CPU")
+        raise RuntimeError(f"kt-kernel has no {' or '.join(self.classes[variant])} on this CPU")
 
     def _pool(self, threads: int) -> Any:
         config = self.ext.WorkerPoolConfig()
@@ -96,10 +97,8 @@ class Kt:
 
     def _fill(self, config: Any, variant: str) -> list[Tensor]:
         """Points the configuration at weights in the format of the variant; returns what must stay alive."""
-        matrices = ("gate", "up", "down")
         if variant in ("AMXINT8", "AMXINT4"):
-            for name, tensor in zip(matrices, self.problem.weights, strict=True):
-                setattr(config, f"{name}_proj", tensor.data_ptr())
+            self._point_at_bf16(config)
             return []
         if variant in ("Q8_0", "Q4_K"):
             types = self.ext.kvcache.ggml_type
@@ -107,12 +106,21 @@ class Kt:
             packed = [self._gguf(w, kind) for w in self.problem.weights]
             config.m_block, config.group_min_len, config.group_max_len = 32, 10, self.max_tokens
             config.hidden_type = int(types.BF16)
-            for name, tensor in zip(matrices, packed, strict=True):
+            for name, tensor in zip(MATRICES, packed, strict=True):
                 setattr(config, f"{name}_proj", tensor.data_ptr())
                 setattr(config, f"{name}_type", int(kind))
             return packed
+        return self._point_at_published(config, variant)
+
+    def _point_at_bf16(self, config: Any) -> list[Tensor]:
+        for name, tensor in zip(MATRICES, self.problem.weights, strict=True):
+            setattr(config, f"{name}_proj", tensor.data_ptr())
+        return list(self.problem.weights)
+
+    def _point_at_published(self, config: Any, variant: str) -> list[Tensor]:
+        """BF16, or values and scales as checkpoints have them: an address for each expert."""
         keep: list[Tensor] = []
-        for name, tensor in zip(matrices, self.problem.weights, strict=True):
+        for name, tensor in zip(MATRICES, self.problem.weights, strict=True):
             values, scales = _quantized(self.problem, tensor, variant)
             setattr(config, f"{name}_projs", [[e.data_ptr() for e in values]])
             setattr(
@@ -120,8 +128,8 @@ class Kt:
             )
             keep += [values] if scales is None else [values, scales]
         if variant != "BF16":
-            config.quant_config.bits = 4 if variant == "RAWINT4" else 8
-            config.quant_config.group_size = INT4_GROUP if variant == "RAWINT4" else FP8_BLOCK
+            config.quant_config.bits = 8 if variant == "FP8" else 4
+            config.quant_config.group_size = FP8_BLOCK if variant == "FP8" else INT4_GROUP
             config.quant_config.zero_point = False
         return keep
 
@@ -143,9 +151,6 @@ class Kt:
         self._run(self.moes[layer].forward_task(self.count.data_ptr(), ids.shape[1], *pointers, False))
         return self.out[: len(x)]
 
-    def backward(self, grad: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 def _tasks() -> set[int]:
     return {int(task) for task in os.listdir("/proc/self/task")}
@@ -155,16 +160,30 @@ def _quantized(problem: Problem, weights: Tensor, variant: str) -> tuple[Tensor,
     """[experts, n, k] in the layouts that published checkpoints have, one scale tensor beside it."""
     if variant == "BF16":
         return weights, None
-    parts = problem.per_expert(weights, _int4 if variant == "RAWINT4" else _fp8)
+    parts = problem.per_expert(weights, {"RAWINT4": _int4, "FP8": _fp8, "MXFP4": _mxfp4}[variant])
     return torch.stack([values for values, _ in parts]), torch.stack([scales for _, scales in parts])
 
 
 def _int4(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric, groups of 32 along k, bf16 scales; two values a byte, the first in the low half, offset 8."""
+    """Symmetric, groups of 32 along k, bf16 scales; two values a byte, offset 8."""
     groups = w.float().unflatten(1, (-1, INT4_GROUP))
     scales = (groups.abs().amax(-1) / 7).clamp(min=1e-12).bfloat16()
     nibbles = (groups / scales.float()[..., None]).round().clamp(-8, 7).add(8).to(torch.uint8).flatten(1)
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4, scales
+    return _pairs(nibbles), scales
+
+
+def _mxfp4(w: Tensor) -> tuple[Tensor, Tensor]:
+    """e2m1, groups of 32 along k whose scale is a power of two (bf16 here); two values a byte."""
+    groups = w.float().unflatten(1, (-1, INT4_GROUP))
+    scales = groups.abs().amax(-1).clamp(min=1e-12).log2().floor().sub(2).exp2()  # the largest value is 6 = 1.5 * 2^2
+    scaled = groups / scales[..., None]
+    codes = torch.bucketize(scaled.abs(), E2M1_MIDDLES).to(torch.uint8) | (scaled < 0).to(torch.uint8) << 3
+    return _pairs(codes.flatten(1)), scales.bfloat16()
+
+
+def _pairs(nibbles: Tensor) -> Tensor:
+    """The first of two in the low half."""
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
 
 
 def _fp8(w: Tensor) -> tuple[Tensor, Tensor]:

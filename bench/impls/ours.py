@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 import ktmoe
-from bench.problem import LORA_ALPHA, LORA_RANK, Problem
+from bench.problem import LORA_ALPHA, LORA_RANK, Gradients, Problem
 from ktmoe.capsule import to_dlpack
+from ktmoe.lora import LoraTensors
 
 
 class Ktmoe:
@@ -24,6 +24,7 @@ class Ktmoe:
         method, _, query = variant.partition("?")
         options: dict[str, Any] = {key: int(value) if value.isdigit() else value for key, value in parse_qsl(query)}
         self.wrappers = []
+        self.lora: list[Tensor] = []
         for layer in range(layers):
             wrapper = ktmoe.KTMoEWrapper(
                 layer, s.experts, s.top_k, s.hidden, s.inter, 0, threads, 1, "", max_tokens,
@@ -31,8 +32,6 @@ class Ktmoe:
                 **options,
             )  # fmt: skip
             wrapper.load_weights_from_tensors(*problem.weights)
-            if sft:
-                wrapper.init_lora_weights(*problem.lora())
             self.wrappers.append(wrapper)
         self.packed_bytes = self.wrappers[0].layer.packed_bytes
         self.isa = self.wrappers[0].layer.isa
@@ -43,18 +42,56 @@ class Ktmoe:
             return wrapper.forward_sft(x, ids, mix, save_for_backward=True)
         return wrapper.forward(x, ids, mix)
 
-    def backward(self, grad: Tensor) -> Tensor:
-        return self.wrappers[0].backward(grad)[0]
+    def set_lora(self, lora: list[Tensor]) -> None:
+        self.lora = lora
+        for wrapper in self.wrappers:
+            wrapper.init_lora_weights(*lora)
 
-    def direct(self) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """The extension's forward of layer 0 as the shortest caller would write it: nothing checked, one output."""
-        call = self.wrappers[0].layer.forward
-        outs: dict[torch.Size, Tensor] = {}
+    def backward(self, grad: Tensor) -> Gradients:
+        grad_x, grad_lora = self.wrappers[0].backward(grad)
+        return Gradients(grad_x, list(grad_lora.values()))
 
-        def run(x: Tensor, ids: Tensor, mix: Tensor) -> None:
-            out = outs.get(x.shape)
-            if out is None:
-                out = outs[x.shape] = torch.empty_like(x)
-            call(to_dlpack(x), to_dlpack(ids), to_dlpack(mix), to_dlpack(out), None)
+    def give_buffers(self) -> None:
+        """From now on backward writes the LoRA gradients into tensors of ours instead of new ones."""
+        for wrapper in self.wrappers:
+            wrapper.init_lora_weights(*self.lora, *(torch.empty_like(t) for t in self.lora))
 
-        return run
+    def direct(self) -> Direct:
+        return Direct(self.wrappers[0], self.lora)
+
+
+class Direct:
+    """The calls of the extension under the first layer as the shortest caller would write them: nothing is checked, and
+    every result has a tensor that was made once."""
+
+    def __init__(self, wrapper: Any, lora: list[Tensor]) -> None:
+        self.layer = wrapper.layer
+        self.outs: dict[torch.Size, Tensor] = {}
+        self.adapter = None
+        if lora:
+            tensors = LoraTensors.of(lora, wrapper.lora_scaling, wrapper.lora_rank)
+            self.adapter = wrapper.mirror.acquire(tensors).adapter
+        self.grad_lora = [torch.empty_like(t) for t in lora]
+
+    def _like(self, x: Tensor) -> Tensor:
+        if x.shape not in self.outs:
+            self.outs[x.shape] = torch.empty_like(x)
+        return self.outs[x.shape]
+
+    def forward(self, layer: int, x: Tensor, ids: Tensor, mix: Tensor) -> Tensor:
+        out = self._like(x)
+        inputs = to_dlpack(x), to_dlpack(ids), to_dlpack(mix), to_dlpack(out)
+        if self.adapter is None:
+            self.layer.forward(*inputs, None)
+        else:
+            self.cache = self.layer.forward_train(*inputs, self.adapter)
+            self.grad_mix = torch.empty_like(mix)
+        return out
+
+    def backward(self, grad: Tensor) -> Gradients:
+        grad_x = self._like(grad)
+        lora = [to_dlpack(t) for t in self.grad_lora]
+        outputs = to_dlpack(grad_x), to_dlpack(self.grad_mix), lora
+        self.layer.backward(self.cache, to_dlpack(grad), self.adapter, *outputs)
+        del self.cache
+        return Gradients(grad_x, self.grad_lora)

@@ -49,6 +49,10 @@ def test_memory_bound_floor_is_bytes_over_the_best_bandwidth() -> None:
         ("BF16", "amx bf16", "avx2 fma"),
         ("RAWINT4", "amx bf16", "avx2 fma"),
         ("FP8", "amx bf16", "avx2 fma"),
+        ("AMXBF16_SFT", "amx bf16", "avx2 fma"),
+        ("AMXINT8_SFT", "amx int8", "avx2 madd"),
+        ("AMXINT4_SFT", "amx bf16", "avx2 fma"),
+        ("AMXINT4_KGroup_SFT", "amx bf16", "avx2 fma"),
     ],
 )
 def test_peak_is_of_the_data_type_that_the_method_multiplies(method: str, amx: str, avx2: str) -> None:
