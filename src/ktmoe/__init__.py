@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .hf import KTMoEConfig, from_pretrained, lora_config
     from .inference import AMXMoEWrapper, GeneralMoEWrapper, LlamafileMoEWrapper, NativeMoEWrapper
     from .methods import METHODS
+    from .placement import generate_gpu_experts_masks
     from .runtime import CPUInfer, WorkerPoolConfig
     from .sft import AMXSFTMoEWrapper
     from .wrapper import KTMoEWrapper
@@ -35,6 +36,7 @@ _MODULE_OF = {
     "WeightFileError": "errors",
     "WorkerPoolConfig": "runtime",
     "from_pretrained": "hf",
+    "generate_gpu_experts_masks": "placement",
     "lora_config": "hf",
     "moe_forward": "autograd",
     "select_deferred_experts": "deferred",
@@ -55,6 +57,7 @@ __all__ = [
     "WorkerPoolConfig",
     "__version__",
     "from_pretrained",
+    "generate_gpu_experts_masks",
     "lora_config",
     "moe_forward",
     "select_deferred_experts",
