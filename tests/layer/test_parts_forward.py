@@ -13,8 +13,9 @@ from ktmoe import _ext
 
 FORMATS: list[str] = list(_ext.formats())
 K_STEP = {fmt: int(_ext.testing.k_step(fmt)) for fmt in FORMATS}
-# As in test_layer_forward: h in bf16, and few rows of block formats in int8.
-TOLERANCE = {fmt: 2.0**-5 if fmt in PUBLISHED else 2.0**-7 for fmt in FORMATS}
+# As in test_layer_forward: h in bf16, and few rows of block formats in int8. Weights that are a difference,
+# scale * q - min, are smaller than what the error of the row is multiplied with.
+TOLERANCE = {fmt: 2.0**-5 if fmt in PUBLISHED else 2.0**-7 for fmt in FORMATS} | {"q4_k": 2.0**-4, "q5_k": 2.0**-4}
 PARTS = [1, 2, 3, 4]
 each_parts = pytest.mark.parametrize("parts", PARTS)
 
@@ -87,11 +88,11 @@ def test_activations_and_biases(isa: str, name: str, parts: int) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_parts_agree(fmt: str) -> None:
-    """Two roundings of the same sum to bf16, and of h to int8 where products are (a finer scale in each slice)."""
+    """Two roundings of the same sum to bf16; of h to int8, 2^-6 each, where products are."""
     shape = Shape(4, 2, 96, 3 * K_STEP[fmt] + 5)
     x = make_inputs(shape, 40)
     want = Layer(shape, fmt, "").forward(x).double().numpy()
-    bound = 2.0**-6 if activations(fmt) == "int8" else 2.0**-7
+    bound = 2.0**-5 if activations(fmt) == "int8" else 2.0**-7
     for parts in PARTS[1:]:
         error = row_error(Layer(shape, fmt, "", parts=parts).forward(x).double().numpy(), want)
         assert (error <= bound).all(), f"{fmt}, {parts} parts: {error.max():.4f}"
@@ -164,11 +165,11 @@ def test_sub_pools_of_different_size() -> None:
 
 
 def test_layers_with_fewer_parts_share_the_engine() -> None:
-    """A small inter leaves sub-pools idle; the bits are those of an engine with as many sub-pools as there are parts."""
+    """A small inter leaves sub-pools idle; the bits are those of an engine of as many sub-pools as parts."""
     big, small = Shape(4, 2, 96, 290), Shape(4, 2, 96, 40)
     first = Layer(big, "bf16", "", parts=4)
     second = Layer(small, "bf16", "", pool=first.pool)
-    assert [len(l.engine.parts) for l in (first, second)] == [4, 2]
+    assert [len(layer.engine.parts) for layer in (first, second)] == [4, 2]
     xa, xb = make_inputs(big, 30), make_inputs(small, 30)
     for _ in range(3):
         assert_same(first.forward(xa), Layer(big, "bf16", "", threads=1, parts=4).forward(xa), "big")
