@@ -2,6 +2,7 @@
 #include "bindings/bind_layer.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -42,7 +43,7 @@ bf16* forward_out(const char* function, const MoeLayer& layer, const ForwardArgs
 
 namespace {
 
-std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<ThreadPool> pool, int n_experts, int top_k, int hidden, int inter,
+std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<SubPools> pool, int n_experts, int top_k, int hidden, int inter,
                                      const std::string& format, const std::string& isa, int chunk_tokens, std::optional<InArray> on_gpu,
                                      const std::string& activation, float swiglu_limit, float swiglu_alpha,
                                      const std::string& down_format) {
@@ -188,6 +189,11 @@ ForwardCache forward_train(const MoeLayer& layer, const InArray& hidden, const I
   return layer.forward_train(args.hidden, args.routing, dst, lora, drop);
 }
 
+FloatOrBf16 float_or_bf16(const TensorArg<OutArray>& t) {
+  if (t.is(Dtype::fp32)) return {t.data<float>(), nullptr};
+  return {nullptr, t.data<bf16>()};
+}
+
 void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& grad_out, const LoraAdapter* lora,
               const std::optional<OutArray>& grad_in, const std::optional<OutArray>& grad_weights,
               const std::optional<std::vector<OutArray>>& lora_grads, const std::optional<std::vector<OutArray>>& base_grads) {
@@ -198,7 +204,7 @@ void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& g
   if (grad_in) {
     TensorArg<OutArray> dx("backward", "grad_in", *grad_in);
     dx.dtype({Dtype::bf16, Dtype::fp32}).shape({cache.n_tokens, c.hidden}).contiguous();
-    (dx.is(Dtype::bf16) ? static_cast<void>(grads.input16 = dx.data<bf16>()) : static_cast<void>(grads.input32 = dx.data<float>()));
+    grads.input = float_or_bf16(dx);
   }
   if (grad_weights) {
     TensorArg<OutArray> dw("backward", "grad_weights", *grad_weights);
@@ -222,18 +228,15 @@ void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& g
     for (std::size_t i = first; i < 3; ++i) {
       TensorArg<OutArray> g("backward", "base_grads", (*base_grads)[i - first]);
       g.dtype({Dtype::fp32, Dtype::bf16}).shape({c.n_experts, i == 2 ? c.hidden : c.inter, i == 2 ? c.inter : c.hidden}).contiguous();
-      if (g.is(Dtype::fp32))
-        grads.base[i].f32 = g.data<float>();
-      else
-        grads.base[i].b16 = g.data<bf16>();
+      grads.base[i] = float_or_bf16(g);
     }
   }
   const WithoutGil nogil;
   layer.backward(cache, {dy.data<bf16>(), dy.stride(0)}, lora, grads);
 }
 
-void update_lora(LoraAdapter& lora, ThreadPool& pool, const MaybeIn& gate_a, const MaybeIn& gate_b, const MaybeIn& up_a,
-                 const MaybeIn& up_b, const MaybeIn& down_a, const MaybeIn& down_b) {
+void update_lora(LoraAdapter& lora, SubPools& pool, const MaybeIn& gate_a, const MaybeIn& gate_b, const MaybeIn& up_a, const MaybeIn& up_b,
+                 const MaybeIn& down_a, const MaybeIn& down_b) {
   const MaybeIn* arrays[6] = {&gate_a, &gate_b, &up_a, &up_b, &down_a, &down_b};
   static constexpr const char* names[6] = {"gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b"};
   std::array<StridedTensor, 6> tensors{};
@@ -281,6 +284,12 @@ void init_layer(nb::module_& m) {
       .def("read_expert", &read_expert, nb::arg("expert"), nb::arg("out"))
       .def("attach", &attach, nb::arg("packed"), nb::arg("row"), nb::arg("gate_bias").none() = nb::none(),
            nb::arg("up_bias").none() = nb::none(), nb::arg("down_bias").none() = nb::none(), nb::keep_alive<1, 2>())
+      .def_prop_ro("parts",
+                   [](const MoeLayer& l) {
+                     std::vector<std::pair<int, int>> slices;
+                     for (int p = 0; p < l.parts(); ++p) slices.emplace_back(l.slice(p).first, l.slice(p).inter);
+                     return slices;
+                   })
       .def_prop_ro("isa", [](const MoeLayer& l) { return std::string(isa_name(l.config().isa)); })
       .def_prop_ro("format", [](const MoeLayer& l) { return std::string(format_info(l.config().format).name); })
       .def_prop_ro("down_format", [](const MoeLayer& l) { return std::string(format_info(l.config().down_format).name); })

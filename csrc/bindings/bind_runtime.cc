@@ -1,26 +1,32 @@
 // Thread pool and task queue.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <utility>
 
 #include "bindings/bind_job.h"
 #include "bindings/release.h"
+#include "runtime/numa_memory.h"
+#include "runtime/sub_pools.h"
 #include "runtime/task_queue.h"
-#include "runtime/thread_pool.h"
 
 namespace nb = nanobind;
 
 namespace ktmoe {
 namespace {
 
-std::shared_ptr<ThreadPool> make_pool(const std::vector<int>& threads, const std::vector<int>& nodes) {
+std::shared_ptr<SubPools> make_pool(const std::vector<int>& threads, const std::vector<int>& nodes, std::vector<Cpus> cpus) {
   require(!threads.empty() && threads.size() == nodes.size(), ErrorKind::value, "[ThreadPool] sub-pools: got ", threads.size(),
           " thread counts and ", nodes.size(), " nodes, expected equally many and at least one");
+  require(cpus.empty() || cpus.size() == threads.size(), ErrorKind::value, "[ThreadPool] subpool_cpus: got ", cpus.size(),
+          " lists, expected none or ", threads.size());
+  cpus.resize(threads.size());
   std::vector<SubPool> subpools;
-  for (std::size_t i = 0; i < threads.size(); ++i) subpools.push_back({threads[i], nodes[i]});
-  return std::make_shared<ThreadPool>(std::move(subpools));
+  for (std::size_t i = 0; i < threads.size(); ++i) subpools.push_back({threads[i], nodes[i], std::move(cpus[i])});
+  return std::make_shared<SubPools>(std::move(subpools));
 }
 
 // wait(time) without the GIL until it says true. In between, Python handles signals (Ctrl-C), and what finished is released.
@@ -71,10 +77,17 @@ void close(TaskQueue& queue, double timeout_s) {
 }  // namespace
 
 void init_runtime(nb::module_& m) {
-  nb::class_<ThreadPool>(m, "ThreadPool")
-      .def(nb::new_(&make_pool), nb::arg("subpool_threads"), nb::arg("subpool_nodes"))
-      .def_prop_ro("threads", &ThreadPool::threads)
-      .def_prop_ro("started", &ThreadPool::started);
+  nb::class_<SubPools>(m, "ThreadPool")
+      .def(nb::new_(&make_pool), nb::arg("subpool_threads"), nb::arg("subpool_nodes"), nb::arg("subpool_cpus") = std::vector<Cpus>())
+      .def_prop_ro("threads", &SubPools::threads)
+      .def_prop_ro("started", &SubPools::started);
+  m.def(
+      "node_memory_refused",
+      [](int node) {
+        const int error = try_prefer_node(node);
+        return error ? std::string(std::strerror(error)) : std::string();
+      },
+      nb::arg("node"));
   nb::class_<TaskQueue::Ticket>(m, "Ticket")
       .def("wait", [](const TaskQueue::Ticket& t) { wait_interruptibly([&](Seconds time) { return t.wait_for(time); }); })
       .def_prop_ro("done", &TaskQueue::Ticket::done);

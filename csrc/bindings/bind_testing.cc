@@ -6,7 +6,7 @@
 #include "bindings/tensor_arg.h"
 #include "moe/lora.h"
 #include "moe/repack.h"
-#include "runtime/thread_pool.h"
+#include "runtime/sub_pools.h"
 
 namespace ktmoe {
 namespace {
@@ -232,12 +232,19 @@ void init_testing(nb::module_& parent) {
   });
   // The n-th allocation of a buffer from now fails; 0 stops that. Returns how many were still to come.
   m.def("fail_allocation", [](int n) { return failing_allocation.exchange(n); });
-  // Every task from `from` on fails: the pool's error path.
-  m.def("failing_job", [](ThreadPool& pool, int tasks, int from) {
-    const WithoutGil nogil;
-    ThreadPool::Session session(pool);
-    session.parallel_for(tasks, [&](int task, int) { require(task < from, ErrorKind::runtime, "[failing_job] task ", task); });
-  });
+  // `tasks` tasks on each sub-pool; those from `from` on fail, on all sub-pools or on `part` alone. The pool's error path.
+  m.def(
+      "failing_job",
+      [](SubPools& pools, int tasks, int from, int part) {
+        const WithoutGil nogil;
+        SubPools::Session session(pools, pools.count());
+        session.each([&](int p) {
+          session.part(p).parallel_for(tasks, [&](int task, int) {
+            require(task < from || (part >= 0 && part != p), ErrorKind::runtime, "[failing_job] task ", task);
+          });
+        });
+      },
+      nb::arg("pool"), nb::arg("tasks"), nb::arg("from_task"), nb::arg("part") = -1);
 }
 
 }  // namespace ktmoe

@@ -1,4 +1,5 @@
-// The backward pass. One task owns an expert; all its blocks are done in row order, so that gradients sum in a fixed order.
+// The backward pass of one part of a layer. One task owns an expert; all its blocks are done in row order, so that gradients sum in a fixed
+// order.
 //
 //   s = LoRA scaling, w = routing weight of the row, dY = gradient of the layer's output (the row's token)
 //   dH~ = dY Wd + s (dY Bd) Ad            gradient of h before the routing weight; <h, dH~> + <dY, bias> is the router's gradient
@@ -12,7 +13,7 @@
 #include <optional>
 
 #include "moe/base_gradients.h"
-#include "moe/layer.h"
+#include "moe/part.h"
 #include "moe/schedule.h"
 
 namespace ktmoe {
@@ -21,21 +22,30 @@ namespace {
 constexpr int kGroupColumns = 256;  // columns of one backward call; also the unit of the router gradient's partial sums
 
 struct Pass {
-  const MoeLayer& layer;
+  const LayerPart& part;
   const KernelTable& kernels;
   const MoeConfig& config;
-  const ForwardCache::Chunk& chunk;
-  const bf16* x;    // [n_tokens][hidden] of the chunk
-  Tokens grad_out;  // of the chunk
+  const BackwardPass& in;
+  const ForwardCache::Kept& kept;
+  const RoutePlan& plan;
   const LoraAdapter* lora;
+  const Dropout& dropout;
   float* rows;  // [plan.rows()][rows_ld]: dX of each row
   std::ptrdiff_t rows_ld;
   float* dots;  // [plan.rows()]: gradient of the routing weight
   const Gradients& grads;
-  bool first_chunk;
-  int first_token;  // of the chunk in the call
-  Dropout dropout;
 };
+
+// Rows and columns of a matrix of the whole layer that a part writes.
+struct Region {
+  int row, rows, column, columns;
+};
+Region region_of(LoraTensor t, const LoraAdapter& lora, const Slice& slice) {
+  const auto [rows, columns] = lora.shape(t);
+  if (t == kGateB || t == kUpB) return {slice.first, slice.inter, 0, columns};
+  if (t == kDownA) return {0, rows, slice.first, slice.inter};
+  return {0, rows, 0, columns};
+}
 
 // Runs the units of a stage: here, or on all workers.
 struct Units {
@@ -59,8 +69,8 @@ struct Units {
 class ExpertBackward {
  public:
   ExpertBackward(const Pass& pass, int expert, const Units& units, Scratch& scratch)
-      : p_(pass), k_(pass.kernels), units_(units), scratch_(scratch), e_(expert), expert_(pass.layer.expert(expert)) {
-    if (p_.lora) lora_ = p_.lora->expert(expert);
+      : p_(pass), k_(pass.kernels), units_(units), scratch_(scratch), e_(expert), expert_(pass.part.expert(expert)) {
+    if (p_.lora) lora_ = p_.lora->expert(expert, slice());
   }
 
   void run(const RoutePlan::Block* blocks, int n_blocks) {
@@ -87,20 +97,21 @@ class ExpertBackward {
 
  private:
   static bool scaled(const PackedMatrix& w) { return format_info(w.layout().format).has_scales; }
+  const Slice& slice() const { return p_.part.slice(); }
   bool want_lora() const { return p_.grads.lora[kDownA]; }
   bool want_base() const { return static_cast<bool>(p_.grads.base[2]); }
   float scaling() const { return p_.lora->scaling * p_.dropout.factor(); }
   Dropout::Row mask(Dropout::Site site, int row) const {
-    return p_.dropout.row(site, p_.first_token + p_.chunk.plan.token[static_cast<std::size_t>(block_.begin + row)], e_);
+    return p_.dropout.row(site, p_.in.first_token + p_.plan.token[static_cast<std::size_t>(block_.begin + row)], e_);
   }
   int rank() const { return p_.lora->rank; }
   int gate_up_columns() const { return expert_.gate_up.layout().n_panels * kPanelColumns; }
   int h_columns() const { return expert_.gate_up.layout().n_panels * p_.config.activation.h_per_panel(); }
   bool gated() const { return p_.config.activation.gated(); }
   int projections() const { return p_.config.activation.projections(); }
-  RowSource dy() const { return {p_.grad_out.data, p_.grad_out.ld, p_.chunk.plan.token.data() + block_.begin}; }
-  RowSource block_x() const { return {p_.x, p_.config.hidden, p_.chunk.plan.token.data() + block_.begin}; }
-  const float* weight() const { return p_.chunk.plan.weight.data() + block_.begin; }
+  RowSource dy() const { return {p_.in.grad_out.data, p_.in.grad_out.ld, p_.plan.token.data() + block_.begin}; }
+  RowSource block_x() const { return {p_.in.x, p_.config.hidden, p_.plan.token.data() + block_.begin}; }
+  const float* weight() const { return p_.plan.weight.data() + block_.begin; }
   template <class T>
   T* take(std::size_t rows, int columns) {
     return scratch_.take<T>(rows * static_cast<std::size_t>(columns));
@@ -157,10 +168,11 @@ class ExpertBackward {
       k_.backward(v_operand_, m_, *lora, l0, l1, c, true);
     }
     if (mask_first) {
+      const int offset = site == Dropout::kH ? slice().first : 0;  // masks count in the whole h
       for (int b = 0; b < ceil_div(columns, kPanelColumns); ++b)
         for (int r = 0; r < m_; ++r)
-          mask(site, r).apply(c + c_block_floats(m_) * static_cast<std::size_t>(b) + r * kPanelColumns, column0 + b * kPanelColumns,
-                              kPanelColumns);
+          mask(site, r).apply(c + c_block_floats(m_) * static_cast<std::size_t>(b) + r * kPanelColumns,
+                              offset + column0 + b * kPanelColumns, kPanelColumns);
       k_.backward(operand, m_, w, s0, s1, c, true);
     }
     return c;
@@ -188,7 +200,7 @@ class ExpertBackward {
                            expert_.down.layout().n_panels, dy_operand_);
     const int groups = ceil_div(h_columns(), kGroupColumns);
     const std::ptrdiff_t gu_ld = gate_up_columns();
-    const bf16* gate_up = p_.chunk.gate_up.as<bf16>() + block_.begin * gu_ld;
+    const bf16* gate_up = p_.kept.gate_up.as<bf16>() + block_.begin * gu_ld;
     std::fill_n(dot_parts_, static_cast<std::size_t>(groups) * static_cast<std::size_t>(m_), 0.0f);
     units_.each(groups, [&](int g, Scratch& scratch) {
       const int first = g * kGroupColumns, columns = std::min(kGroupColumns, h_columns() - first);
@@ -251,8 +263,8 @@ class ExpertBackward {
     const int r = rank(), hidden = p_.config.hidden;
     const int both = p_.lora->gate_up_rank();
     const std::ptrdiff_t u2_ld = round_up(both, kPanelColumns), u1_ld = round_up(r, kPanelColumns);
-    const bf16* u_gate_up = p_.chunk.u_gate_up.as<bf16>() + block_.begin * u2_ld;
-    const bf16* u_down = p_.chunk.u_down.as<bf16>() + block_.begin * u1_ld;
+    const bf16* u_gate_up = p_.kept.u_gate_up.as<bf16>() + block_.begin * u2_ld;
+    const bf16* u_down = p_.kept.u_down.as<bf16>() + block_.begin * u1_ld;
     const RowSource x = whole_tiles(block_x(), padded_x_), grad = whole_tiles(dy(), padded_dy_);
     RowSource h{h_, h_ld_, nullptr};
     if (p_.dropout) {
@@ -260,7 +272,7 @@ class ExpertBackward {
         mask(Dropout::kX, i).apply(padded_x_ + i * hidden_ld_, 0, hidden);
         bf16* row = dropped_h_ + i * h_ld_;
         std::memcpy(row, h.row<bf16>(i), sizeof(bf16) * static_cast<std::size_t>(h_ld_));
-        mask(Dropout::kH, i).apply(row, 0, p_.config.inter);
+        mask(Dropout::kH, i).apply(row, slice().first, p_.config.inter);
       }
       h.base = dropped_h_;
     }
@@ -281,63 +293,69 @@ class ExpertBackward {
     const int hidden = p_.config.hidden, inter = p_.config.inter;
     const std::ptrdiff_t e = e_;
     auto offset = [&](int i) { return blocks[i].begin - blocks->begin; };
-    auto bands = [&](int p_columns, int q_columns, auto block_of, auto row_of) {
+    // place(c): where in which tensor column c of P belongs; a tensor that does not exist for columns of padding.
+    auto bands = [&](int p_columns, int q_columns, auto block_of, auto place) {
       std::optional<Band> own;
       if (!units_.shared) own.emplace(k_, scratch_, most, q_columns);
       units_.each(ceil_div(p_columns, kBandRows), [&](int u, Scratch& scratch) {
         const int first = u * kBandRows, count = std::min(kBandRows, p_columns - first);
         Band band = own ? *own : Band(k_, scratch, most, q_columns);
         for (int i = 0; i < n_blocks; ++i) band.add(block_of(i), first, count, i == 0);
-        for (int i = 0; i < count; ++i) {
-          const auto [tensor, row, rows] = row_of(first + i);
-          if (row < rows) band.write(i, p_.grads.base[tensor], e * rows + row, !p_.first_chunk);
-        }
+        for (int i = 0; i < count; ++i)
+          if (const FloatOrBf16 row = place(first + i)) band.write(i, row, !p_.in.first_chunk);
       });
     };
-    auto tokens = [&](int i) { return p_.chunk.plan.token.data() + blocks[i].begin; };
-    struct Row {
-      std::size_t tensor;
-      int row, rows;
-    };
+    auto tokens = [&](int i) { return p_.plan.token.data() + blocks[i].begin; };
     bands(
         gate_up_columns(), hidden,
-        [&](int i) { return BandBlock{blocks[i].rows, {dgu + offset(i) * dgu_ld_, dgu_ld_, nullptr}, nullptr, {p_.x, hidden, tokens(i)}}; },
+        [&](int i) {
+          return BandBlock{blocks[i].rows, {dgu + offset(i) * dgu_ld_, dgu_ld_, nullptr}, nullptr, {p_.in.x, hidden, tokens(i)}};
+        },
         [&](int c) {
-          if (!gated()) return Row{1, c, inter};
-          return Row{static_cast<std::size_t>(c / kTileColumns % 2), c / kPanelColumns * kTileColumns + c % kTileColumns, inter};
+          const int row = gated() ? c / kPanelColumns * kTileColumns + c % kTileColumns : c;
+          const std::size_t tensor = gated() ? static_cast<std::size_t>(c / kTileColumns % 2) : 1;
+          if (row >= inter) return FloatOrBf16{};
+          return p_.grads.base[tensor].from((e * slice().whole + slice().first + row) * hidden);
         });
     bands(
         hidden, inter,
         [&](int i) {
           return BandBlock{blocks[i].rows,
-                           {p_.grad_out.data, p_.grad_out.ld, tokens(i)},
-                           p_.chunk.plan.weight.data() + blocks[i].begin,
+                           {p_.in.grad_out.data, p_.in.grad_out.ld, tokens(i)},
+                           p_.plan.weight.data() + blocks[i].begin,
                            {h + offset(i) * h_ld_, h_ld_, nullptr}};
         },
-        [&](int c) { return Row{2, c, hidden}; });
+        [&](int c) { return p_.grads.base[2].from((e * hidden + c) * slice().whole + slice().first); });
   }
 
   void write_lora_gradients() {
-    const int r = rank(), hidden = p_.config.hidden, inter = p_.config.inter;
+    const int r = rank();
     if (gated()) {
-      write_rows(kGateA, grad_a_gate_up_, hidden_ld_, r, hidden);
-      write_transposed(kGateB, grad_b_gate_, h_columns(), r, inter);
+      write_rows(kGateA, grad_a_gate_up_, hidden_ld_);
+      write_transposed(kGateB, grad_b_gate_, h_columns());
     }
-    write_rows(kUpA, grad_a_gate_up_ + (p_.lora->gate_up_rank() - r) * hidden_ld_, hidden_ld_, r, hidden);
-    write_rows(kDownA, grad_a_down_, h_columns(), r, inter);
-    write_transposed(kUpB, grad_b_up_, h_columns(), r, inter);
-    write_transposed(kDownB, grad_b_down_, hidden_ld_, r, hidden);
+    write_rows(kUpA, grad_a_gate_up_ + (p_.lora->gate_up_rank() - r) * hidden_ld_, hidden_ld_);
+    write_rows(kDownA, grad_a_down_, h_columns());
+    write_transposed(kUpB, grad_b_up_, h_columns());
+    write_transposed(kDownB, grad_b_down_, hidden_ld_);
   }
-  float* gradient(LoraTensor t, int rows, int columns) const { return p_.grads.lora[t] + static_cast<std::ptrdiff_t>(e_) * rows * columns; }
-  void write_rows(LoraTensor t, const float* src, std::ptrdiff_t ld, int rows, int columns) {
-    float* dst = gradient(t, rows, columns);
-    for (int i = 0; i < rows; ++i, dst += columns)
-      for (int j = 0; j < columns; ++j) dst[j] = p_.first_chunk ? src[i * ld + j] : dst[j] + src[i * ld + j];
+  // f(row, where it begins, columns) for the rows of the expert's gradient that this part writes.
+  template <class F>
+  void each_row(LoraTensor t, F f) {
+    const auto [rows, columns] = p_.lora->shape(t);
+    const Region own = region_of(t, *p_.lora, slice());
+    float* dst = p_.grads.lora[t] + (static_cast<std::ptrdiff_t>(e_) * rows + own.row) * columns + own.column;
+    for (int i = 0; i < own.rows; ++i, dst += columns) f(i, dst, own.columns);
   }
-  void write_transposed(LoraTensor t, const float* src, std::ptrdiff_t ld, int rows, int columns) {
-    float* dst = gradient(t, columns, rows);
-    for (int j = 0; j < columns; ++j, dst += rows)
-      for (int i = 0; i < rows; ++i) dst[i] = p_.first_chunk ? src[i * ld + j] : dst[i] + src[i * ld + j];
+  void write_rows(LoraTensor t, const float* src, std::ptrdiff_t ld) {
+    each_row(t, [&](int i, float* dst, int columns) {
+      for (int j = 0; j < columns; ++j) dst[j] = p_.in.first_chunk ? src[i * ld + j] : dst[j] + src[i * ld + j];
+    });
+  }
+  void write_transposed(LoraTensor t, const float* src, std::ptrdiff_t ld) {
+    each_row(t, [&](int i, float* dst, int columns) {
+      for (int j = 0; j < columns; ++j) dst[j] = p_.in.first_chunk ? src[j * ld + i] : dst[j] + src[j * ld + i];
+    });
   }
 
   const Pass& p_;
@@ -359,7 +377,7 @@ class ExpertBackward {
 
 // Runs all experts of a pass; an expert's gradients do not depend on which way is taken.
 void run_experts(ThreadPool::Session& session, const Pass& pass) {
-  const RoutePlan& plan = pass.chunk.plan;
+  const RoutePlan& plan = pass.plan;
   auto expert = [&](int i, const Units& units, Scratch& scratch) {
     const int first = plan.expert_blocks[static_cast<std::size_t>(i)], last = plan.expert_blocks[static_cast<std::size_t>(i) + 1];
     scratch.reset();
@@ -378,90 +396,67 @@ void run_experts(ThreadPool::Session& session, const Pass& pass) {
     for (int i = 0; i < plan.active_experts(); ++i) expert(i, {session, 0, true}, session.stage());
 }
 
-void combine(ThreadPool::Session& session, const Pass& pass, int first_token) {
-  const RoutePlan& plan = pass.chunk.plan;
+void combine(ThreadPool::Session& session, const Pass& pass) {
+  const RoutePlan& plan = pass.plan;
   constexpr int kUnit = 16;
   session.parallel_for(ceil_div(plan.n_tokens, kUnit), [&](int unit, int worker) {
     Scratch& scratch = session.scratch(worker);
     scratch.reset();
     float* sum = scratch.take<float>(static_cast<std::size_t>(pass.rows_ld));
     for (int t = unit * kUnit; t < std::min((unit + 1) * kUnit, plan.n_tokens); ++t) {
-      const std::int32_t* row_of = plan.row_of.data() + static_cast<std::ptrdiff_t>(t) * plan.top_k;
-      const std::ptrdiff_t token = first_token + t;
+      const std::ptrdiff_t slot = static_cast<std::ptrdiff_t>(t) * plan.top_k, hidden = pass.config.hidden;
+      const std::int32_t* row_of = plan.row_of.data() + slot;
       if (pass.rows) {
         pass.kernels.combine(pass.rows, pass.rows_ld, row_of, nullptr, plan.top_k, static_cast<int>(pass.rows_ld), sum);
-        const std::ptrdiff_t hidden = pass.config.hidden;
-        if (pass.grads.input32) std::memcpy(pass.grads.input32 + token * hidden, sum, sizeof(float) * static_cast<std::size_t>(hidden));
-        if (pass.grads.input16) pass.kernels.round_row(sum, pass.config.hidden, pass.grads.input16 + token * hidden);
+        const FloatOrBf16 dst = pass.grads.input.from(t * hidden);
+        if (dst.f32) std::memcpy(dst.f32, sum, sizeof(float) * static_cast<std::size_t>(hidden));
+        if (dst.b16) pass.kernels.round_row(sum, pass.config.hidden, dst.b16);
       }
-      for (int s = 0; pass.grads.weights && s < plan.top_k; ++s)
-        pass.grads.weights[token * plan.top_k + s] = row_of[s] < 0 ? 0.0f : pass.dots[row_of[s]];
+      for (int s = 0; pass.grads.weights && s < plan.top_k; ++s) pass.grads.weights[slot + s] = row_of[s] < 0 ? 0.0f : pass.dots[row_of[s]];
     }
   });
 }
 
-// Experts that the first chunk does not reach start from exact zeros.
-void clear_idle_experts(ThreadPool::Session& session, const MoeConfig& config, const LoraAdapter* lora, const Gradients& grads,
-                        const RoutePlan* first) {
-  std::vector<std::uint8_t> active(static_cast<std::size_t>(config.n_experts), 0);
-  if (first)
-    for (const auto& b : first->blocks) active[static_cast<std::size_t>(b.expert)] = 1;
-  session.parallel_for(config.n_experts, [&](int e, int) {
-    if (active[static_cast<std::size_t>(e)]) return;
-    for (std::size_t t = 0; t < 6; ++t) {
-      if (!grads.lora[t]) continue;
-      const auto [rows, columns] = lora->shape(static_cast<LoraTensor>(t));
-      const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(rows) * columns;
-      std::fill_n(grads.lora[t] + e * size, size, 0.0f);
-    }
-    const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(config.inter) * config.hidden;
-    for (const FloatOrBf16& g : grads.base) {
-      if (g.f32) std::fill_n(g.f32 + e * size, size, 0.0f);
-      if (g.b16) std::fill_n(g.b16 + e * size, size, bf16{});
-    }
-  });
+// Zeros in the region of matrix e, of those at `tensor` of `rows` x `columns` each.
+void clear(FloatOrBf16 tensor, int e, int rows, int columns, const Region& own) {
+  const FloatOrBf16 at = tensor.from((static_cast<std::ptrdiff_t>(e) * rows + own.row) * columns + own.column);
+  for (std::ptrdiff_t i = 0; i < own.rows; ++i) {
+    if (at.f32) std::fill_n(at.f32 + i * columns, own.columns, 0.0f);
+    if (at.b16) std::fill_n(at.b16 + i * columns, own.columns, bf16{});
+  }
 }
 
 }  // namespace
 
-void MoeLayer::backward(const ForwardCache& cache, Tokens grad_out, const LoraAdapter* lora, const Gradients& grads) const {
-  check_ready("backward", lora);
-  require(cache.layer == serial_, ErrorKind::value, "[backward] cache: got one of another layer, expected one of this layer");
-  require(cache.with_lora == (lora != nullptr), ErrorKind::value, "[backward] lora: got ", lora ? "an adapter" : "none",
-          ", expected what the forward had (", cache.with_lora ? "an adapter" : "none", ")");
-  require(!lora || lora->version() == cache.lora_version, ErrorKind::runtime,
-          "LoRA weights changed between forward and backward: [backward] ", "the adapter has version ", lora ? lora->version() : 0,
-          ", the forward used ", cache.lora_version);
-  const bool want_lora = grads.lora[kDownA], want_input = grads.input16 || grads.input32;
-  const std::ptrdiff_t rows_ld = round_up(config_.hidden, kPanelColumns);
-  int total_rows = 0;
-  for (const auto& chunk : cache.chunks) total_rows += chunk.plan.rows();
+void LayerPart::clear_gradients(ThreadPool::Session& session, const RoutePlan* first, const LoraAdapter* lora,
+                                const Gradients& grads) const {
+  std::vector<std::uint8_t> active(static_cast<std::size_t>(config_.n_experts), 0);
+  if (first)
+    for (const auto& b : first->blocks) active[static_cast<std::size_t>(b.expert)] = 1;
+  const int hidden = config_.hidden, whole = slice_.whole;
+  session.parallel_for(config_.n_experts, [&](int e, int) {
+    if (active[static_cast<std::size_t>(e)]) return;
+    for (const LoraTensor t : {kGateA, kGateB, kUpA, kUpB, kDownA, kDownB}) {
+      const bool own_term = t == kGateA || t == kUpA || t == kDownB;
+      if (!grads.lora[t] || (own_term && !slice_.leads())) continue;
+      const auto [rows, columns] = lora->shape(t);
+      clear({grads.lora[t]}, e, rows, columns, region_of(t, *lora, slice_));
+    }
+    for (const FloatOrBf16& g : {grads.base[0], grads.base[1]}) clear(g, e, whole, hidden, {slice_.first, slice_.inter, 0, hidden});
+    clear(grads.base[2], e, hidden, whole, {0, hidden, slice_.first, slice_.inter});
+  });
+}
 
-  ThreadPool::Session session(*pool_, too_small_to_share(2 * total_rows, config_));
-  require(loaded(), ErrorKind::runtime, "Weights not loaded: [backward] they were unloaded meanwhile");
-  if (want_lora || grads.base[2]) clear_idle_experts(session, config_, lora, grads, cache.chunks.empty() ? nullptr : &cache.chunks[0].plan);
-  for (const auto& chunk : cache.chunks) {
-    const std::size_t rows = static_cast<std::size_t>(chunk.plan.rows());
-    session.shared().reset();
-    Pass pass{*this,
-              kernels_,
-              config_,
-              chunk,
-              cache.x.as<bf16>() + static_cast<std::ptrdiff_t>(chunk.first_token) * config_.hidden,
-              {grad_out.data + chunk.first_token * grad_out.ld, grad_out.ld},
-              lora,
-              nullptr,
-              rows_ld,
-              nullptr,
-              grads,
-              &chunk == &cache.chunks[0],
-              chunk.first_token,
-              cache.dropout};
-    if (want_input) pass.rows = session.shared().take<float>(rows * static_cast<std::size_t>(rows_ld));
-    pass.dots = session.shared().take<float>(rows);
-    run_experts(session, pass);
-    combine(session, pass, chunk.first_token);
-  }
+void LayerPart::backward(ThreadPool::Session& session, const BackwardPass& in, const ForwardCache::Kept& kept,
+                         const Gradients& grads) const {
+  const std::size_t rows = static_cast<std::size_t>(in.plan.rows());
+  const std::ptrdiff_t rows_ld = round_up(config_.hidden, kPanelColumns);
+  session.shared().reset();
+  Pass pass{*this, kernels_, config_, in, kept, in.plan, in.lora, in.dropout, nullptr, rows_ld, nullptr, grads};
+  if (grads.input) pass.rows = session.shared().take<float>(rows * static_cast<std::size_t>(rows_ld));
+  pass.dots = session.shared().take<float>(rows);
+  run_experts(session, pass);
+  combine(session, pass);
 }
 
 }  // namespace ktmoe

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "kernels/kernel_api.h"
-#include "moe/layer.h"
+#include "moe/part.h"
 #include "runtime/scratch.h"
 
 namespace ktmoe {
@@ -46,12 +46,11 @@ class Band {
     k_.outer(operand_, block.m, count, whole_tiles(block), kTileColumns, static_cast<int>(ld_) / kTileColumns, sum_, ld_, !first);
   }
 
-  // Row i of the band becomes row `row` of dst.
-  void write(int i, const FloatOrBf16& dst, std::ptrdiff_t row, bool accumulate) const {
+  // Row i of the band is written to dst, or added to what is there.
+  void write(int i, FloatOrBf16 dst, bool accumulate) const {
     const float* src = sum_ + i * ld_;
-    const std::ptrdiff_t at = row * columns_;
-    for (int j = 0; dst.f32 && j < columns_; ++j) dst.f32[at + j] = accumulate ? dst.f32[at + j] + src[j] : src[j];
-    for (int j = 0; dst.b16 && j < columns_; ++j) dst.b16[at + j] = to_bf16(accumulate ? to_float(dst.b16[at + j]) + src[j] : src[j]);
+    for (int j = 0; dst.f32 && j < columns_; ++j) dst.f32[j] = accumulate ? dst.f32[j] + src[j] : src[j];
+    for (int j = 0; dst.b16 && j < columns_; ++j) dst.b16[j] = to_bf16(accumulate ? to_float(dst.b16[j]) + src[j] : src[j]);
   }
 
  private:

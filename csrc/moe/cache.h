@@ -1,8 +1,8 @@
 // ForwardCache: what one backward needs of one forward; the caller owns it.
 //
 // Per token: x (2 hidden bytes). Per row (token, slot): gate and up before the activation (4 inter bytes, 2 without a gate,
-// padded to whole panels) and the LoRA activations U, already scaled (6 rank bytes, 4 without a gate). Everything else is recomputed;
-// the router gradient is <h, dh>, and <dY, down bias> where there is one.
+// padded to whole panels) and, in each part of the layer, the LoRA activations U, already scaled (6 rank bytes, 4 without a gate).
+// Everything else is recomputed; the router gradient is <h, dh>, and <dY, down bias> where there is one.
 #pragma once
 
 #include <vector>
@@ -14,12 +14,15 @@
 namespace ktmoe {
 
 struct ForwardCache {
-  struct Chunk {
-    int first_token;
-    RoutePlan plan;
+  struct Kept {               // by one part of the layer
     AlignedBuffer gate_up;    // bf16 [rows][32 * gate/up panels]
     AlignedBuffer u_gate_up;  // bf16 [rows][2 rank (rank without a gate), padded to 32], empty without LoRA
     AlignedBuffer u_down;     // bf16 [rows][rank, padded to 32]
+  };
+  struct Chunk {
+    int first_token;
+    RoutePlan plan;
+    std::vector<Kept> parts;
   };
   std::uint64_t layer = 0;  // serial number, to refuse a foreign cache
   int n_tokens = 0;
@@ -31,8 +34,10 @@ struct ForwardCache {
 
   std::size_t bytes() const {
     std::size_t total = x.size();
-    for (const Chunk& c : chunks)
-      total += c.gate_up.size() + c.u_gate_up.size() + c.u_down.size() + 12 * c.plan.token.size() + 8 * c.plan.row_of.size();
+    for (const Chunk& c : chunks) {
+      total += 12 * c.plan.token.size() + 8 * c.plan.row_of.size();
+      for (const Kept& k : c.parts) total += k.gate_up.size() + k.u_gate_up.size() + k.u_down.size();
+    }
     return total;
   }
 };

@@ -1,4 +1,4 @@
-// The forward pass.
+// The forward pass of one part of a layer.
 //
 //   X --(quantise)--> operand --gate/up GEMM (+ LoRA, bias)--> C --activation--> h --operand--> down GEMM (+ LoRA, bias) --> fp32 rows
 //   --combine--> out
@@ -8,7 +8,7 @@
 //   panels  all workers share each stage of all blocks; when blocks are few (decode, or few experts)
 #include <algorithm>
 
-#include "moe/layer.h"
+#include "moe/part.h"
 #include "moe/schedule.h"
 
 namespace ktmoe {
@@ -17,7 +17,7 @@ namespace {
 constexpr int kGroupPanels = 8;  // most panels of one kernel call: the C block of 256 rows x 256 columns is 256 KB
 
 struct Pass {
-  const MoeLayer& layer;
+  const LayerPart& part;
   const KernelTable& kernels;
   const MoeConfig& config;
   const RoutePlan& plan;
@@ -28,8 +28,8 @@ struct Pass {
   const std::int8_t* x8;  // int8: quantised tokens [n_tokens][k padded] and their scales
   const float* x_scale;
   std::ptrdiff_t x8_ld;
-  ForwardCache::Chunk* cache;  // or null
-  float* rows;                 // [plan.rows()][rows_ld], the experts' outputs
+  ForwardCache::Kept* cache;  // or null
+  float* rows;                // [plan.rows()][rows_ld], the experts' outputs
   std::ptrdiff_t rows_ld;
 };
 
@@ -37,8 +37,8 @@ struct Pass {
 class BlockForward {
  public:
   BlockForward(const Pass& pass, const RoutePlan::Block& block)
-      : p_(pass), block_(block), m_(block.rows), expert_(pass.layer.expert(block.expert)) {
-    if (p_.lora) lora_ = p_.lora->expert(block.expert);
+      : p_(pass), block_(block), m_(block.rows), expert_(pass.part.expert(block.expert)) {
+    if (p_.lora) lora_ = p_.lora->expert(block.expert, p_.part.slice());
   }
 
   int gate_up_panels() const { return expert_.gate_up.layout().n_panels; }
@@ -138,11 +138,12 @@ class BlockForward {
   void lora_activations(Scratch& scratch, Dropout::Site site, RowSource rows, int k, const PackedMatrix& a, int used, bf16* keep) {
     const int panels = a.layout().n_panels, columns = panels * kPanelColumns;
     if (p_.dropout) {
+      const int first = site == Dropout::kH ? p_.part.slice().first : 0;  // masks count in the whole h
       for (int i = 0; i < m_; ++i) {
         bf16* row = dropped_ + static_cast<std::ptrdiff_t>(i) * k;
         std::memcpy(row, rows.row<bf16>(i), sizeof(bf16) * static_cast<std::size_t>(k));
         const int token = p_.first_token + p_.plan.token[static_cast<std::size_t>(block_.begin + i)];
-        p_.dropout.row(site, token, block_.expert).apply(row, 0, k);
+        p_.dropout.row(site, token, block_.expert).apply(row, first, k);
       }
       rows = {dropped_, k, nullptr};
     }
@@ -220,7 +221,7 @@ void quantize_tokens(ThreadPool::Session& session, Pass& pass) {
   pass.x_scale = scale;
 }
 
-void combine(ThreadPool::Session& session, const Pass& pass, bf16* out) {
+void combine(ThreadPool::Session& session, const Pass& pass, FloatOrBf16 out) {
   const RoutePlan& plan = pass.plan;
   constexpr int kUnit = 16;
   session.parallel_for(ceil_div(plan.n_tokens, kUnit), [&](int unit, int worker) {
@@ -228,27 +229,13 @@ void combine(ThreadPool::Session& session, const Pass& pass, bf16* out) {
     scratch.reset();
     float* sum = scratch.take<float>(static_cast<std::size_t>(pass.rows_ld));
     for (int t = unit * kUnit; t < std::min((unit + 1) * kUnit, plan.n_tokens); ++t) {
-      const std::ptrdiff_t slot = static_cast<std::ptrdiff_t>(t) * plan.top_k;
+      const std::ptrdiff_t slot = static_cast<std::ptrdiff_t>(t) * plan.top_k, hidden = pass.config.hidden;
       pass.kernels.combine(pass.rows, pass.rows_ld, plan.row_of.data() + slot, plan.slot_weight.data() + slot, plan.top_k,
                            static_cast<int>(pass.rows_ld), sum);
-      pass.kernels.round_row(sum, pass.config.hidden, out + static_cast<std::ptrdiff_t>(t) * pass.config.hidden);
+      if (out.f32) std::memcpy(out.f32 + t * hidden, sum, sizeof(float) * static_cast<std::size_t>(hidden));
+      if (out.b16) pass.kernels.round_row(sum, pass.config.hidden, out.b16 + t * hidden);
     }
   });
-}
-
-void run_pass(const MoeLayer& layer, const RoutePlan& plan, int first_token, Tokens x, const LoraAdapter* lora, Dropout dropout,
-              ForwardCache::Chunk* cache, bf16* out) {
-  ThreadPool::Session session(layer.pool(), too_small_to_share(plan.rows(), layer.config()));
-  require(layer.loaded(), ErrorKind::runtime, "Weights not loaded: [forward] they were unloaded meanwhile");
-  const std::ptrdiff_t rows_ld = round_up(layer.config().hidden, kPanelColumns);
-  Pass pass{layer, layer.kernels(), layer.config(), plan, lora, dropout, first_token, x, nullptr, nullptr, 0, cache, nullptr, rows_ld};
-  pass.rows = session.shared().take<float>(static_cast<std::size_t>(plan.rows()) * static_cast<std::size_t>(rows_ld));
-  if (format_info(layer.config().format).direct == WeightFormat::int8) quantize_tokens(session, pass);
-  if (owner_pays(static_cast<int>(plan.blocks.size()), plan.most_rows(), plan.rows(), session.threads()))
-    run_owner(session, pass);
-  else
-    run_panels(session, pass);
-  combine(session, pass, out);
 }
 
 AlignedBuffer bf16_rows(int rows, int columns) {
@@ -257,41 +244,22 @@ AlignedBuffer bf16_rows(int rows, int columns) {
 
 }  // namespace
 
-void MoeLayer::forward(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout) const {
-  check_ready("forward", lora);
-  routing.check(config_);
-  const int step = tokens_per_pass();
-  for (int t = 0; t < routing.n_tokens; t += step) {
-    const RoutePlan plan(config_, routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), kernels_.block_rows);
-    run_pass(*this, plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout, nullptr,
-             out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
-  }
+void LayerPart::forward(ThreadPool::Session& session, const ForwardPass& in, ForwardCache::Kept* kept, FloatOrBf16 out) const {
+  const std::ptrdiff_t rows_ld = round_up(config_.hidden, kPanelColumns);
+  Pass pass{*this, kernels_, config_, in.plan, in.lora, in.dropout, in.first_token, in.x, nullptr, nullptr, 0, kept, nullptr, rows_ld};
+  pass.rows = session.shared().take<float>(static_cast<std::size_t>(in.plan.rows()) * static_cast<std::size_t>(rows_ld));
+  if (format_info(config_.format).direct == WeightFormat::int8) quantize_tokens(session, pass);
+  if (owner_pays(static_cast<int>(in.plan.blocks.size()), in.plan.most_rows(), in.plan.rows(), session.threads()))
+    run_owner(session, pass);
+  else
+    run_panels(session, pass);
+  combine(session, pass, out);
 }
 
-ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout) const {
-  check_ready("forward_train", lora);
-  routing.check(config_);
-  ForwardCache cache;
-  cache.layer = serial_;
-  cache.n_tokens = routing.n_tokens;
-  cache.with_lora = lora != nullptr;
-  cache.lora_version = lora ? lora->version() : 0;
-  cache.dropout = dropout;
-  cache.x = bf16_rows(routing.n_tokens, config_.hidden);
-  for (int t = 0; t < routing.n_tokens; ++t)
-    std::memcpy(cache.x.as<bf16>() + static_cast<std::ptrdiff_t>(t) * config_.hidden, hidden.data + t * hidden.ld,
-                sizeof(bf16) * static_cast<std::size_t>(config_.hidden));
-  const int step = tokens_per_pass();
-  for (int t = 0; t < routing.n_tokens; t += step) {
-    RoutePlan plan(config_, routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), kernels_.block_rows);
-    const int rows = plan.rows(), rank = lora ? lora->rank : 0, gate_up_rank = lora ? lora->gate_up_rank() : 0;
-    cache.chunks.push_back({t, std::move(plan), bf16_rows(rows, gate_up_.n_panels * kPanelColumns),
-                            bf16_rows(rows, round_up(gate_up_rank, kPanelColumns)), bf16_rows(rows, round_up(rank, kPanelColumns))});
-    ForwardCache::Chunk& chunk = cache.chunks.back();
-    run_pass(*this, chunk.plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout, &chunk,
-             out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
-  }
-  return cache;
+ForwardCache::Kept LayerPart::keep(int rows, const LoraAdapter* lora) const {
+  const int rank = lora ? lora->rank : 0, gate_up_rank = lora ? lora->gate_up_rank() : 0;
+  return {bf16_rows(rows, layout_.gate_up.n_panels * kPanelColumns), bf16_rows(rows, round_up(gate_up_rank, kPanelColumns)),
+          bf16_rows(rows, round_up(rank, kPanelColumns))};
 }
 
 }  // namespace ktmoe

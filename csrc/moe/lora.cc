@@ -33,21 +33,27 @@ std::array<int, 2> LoraAdapter::shape(LoraTensor t) const {
   return {0, 0};
 }
 
-LoraExpert LoraAdapter::expert(int e) const {
+LoraExpert LoraAdapter::expert(int e, const Slice& slice) const {
   const std::byte* at = data_.data() + expert_bytes_ * static_cast<std::size_t>(e);
-  PackedMatrix m[4];
-  for (std::size_t i = 0; i < 4; at += layouts_[i].bytes, ++i) m[i] = PackedMatrix(layouts_[i], at);
-  return {m[0], m[1], m[2], m[3]};
+  std::array<PackedLayout, 4> views = layouts_;
+  const std::byte* data[4];
+  for (std::size_t i = 0; i < 4; at += layouts_[i++].bytes) data[i] = at;
+
+  const int h = gated ? kTileColumns : kPanelColumns;  // rows of B in a panel
+  views[1].n_panels = ceil_div(slice.inter, h);
+  data[1] += layouts_[1].panel_stride * static_cast<std::size_t>(slice.first / h);
+  const FormatInfo& info = format_info(layouts_[2].format);
+  views[2].k = slice.inter;
+  views[2].k_steps = ceil_div(slice.inter, info.k_step);
+  data[2] += static_cast<std::ptrdiff_t>(slice.first / info.k_step) * 2 * info.tile_bytes;
+  return {PackedMatrix(views[0], data[0]), PackedMatrix(views[1], data[1]), PackedMatrix(views[2], data[2]),
+          PackedMatrix(views[3], data[3])};
 }
 
-void LoraAdapter::update(ThreadPool& pool, const std::array<StridedTensor, 6>& tensors) {
+void LoraAdapter::update(SubPools& pools, const std::array<StridedTensor, 6>& tensors) {
   const KernelTable& kernels = kernels_for(active_isa());
-  ThreadPool::Session session(pool);
-  session.parallel_for(n_experts, [&](int e, int worker) {
-    Scratch& scratch = session.scratch(worker);
-    scratch.reset();
-    pack_expert(kernels, scratch, e, tensors);
-  });
+  SubPools::Session session(pools, pools.count());
+  session.parallel_for(n_experts, [&](int e, Scratch& scratch) { pack_expert(kernels, scratch, e, tensors); });
   version_ = next_serial_number();
 }
 

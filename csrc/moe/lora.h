@@ -6,6 +6,7 @@
 //   without a gate: a_gate_up is rank x hidden, b_gate_up plain inter x rank
 //   a_down     rank x inter
 //   b_down     hidden x rank
+// There is one mirror however many parts the layer has: a slice is a range of panels or of k-steps, and is used where it lies.
 // scaling = alpha / rank (or the caller's rule) is applied to U and V in fp32, before they round to bf16.
 #pragma once
 
@@ -17,7 +18,8 @@
 #include "base/aligned_buffer.h"
 #include "format/packed_matrix.h"
 #include "kernels/kernel_api.h"
-#include "runtime/thread_pool.h"
+#include "moe/partition.h"
+#include "runtime/sub_pools.h"
 
 namespace ktmoe {
 
@@ -42,8 +44,8 @@ struct LoraExpert {
 class LoraAdapter {
  public:
   LoraAdapter(int n_experts, int hidden, int inter, int rank, float scaling, bool gated = true);
-  // Not while a forward or backward uses the adapter: both hold a Session of the pool, and so does this.
-  void update(ThreadPool& pool, const std::array<StridedTensor, 6>& tensors);
+  // Not while a forward or backward uses the adapter: both hold a Session of the pools, and so does this.
+  void update(SubPools& pools, const std::array<StridedTensor, 6>& tensors);
 
   const int n_experts, hidden, inter, rank;
   const float scaling;
@@ -53,7 +55,8 @@ class LoraAdapter {
   int gate_up_rank() const { return gated ? 2 * rank : rank; }  // columns of [Ug | Uu]
   // [rows, columns] of each of the six tensors, per expert.
   std::array<int, 2> shape(LoraTensor t) const;
-  LoraExpert expert(int e) const;
+  // What a part of the layer uses: its rows of b_gate_up, its columns of a_down, and all of the others, in place.
+  LoraExpert expert(int e, const Slice& slice) const;
 
  private:
   void pack_expert(const KernelTable& kernels, Scratch& scratch, int e, const std::array<StridedTensor, 6>& tensors);

@@ -2,12 +2,16 @@
 #pragma once
 
 #include "moe/route.h"
+#include "runtime/sub_pools.h"
 
 namespace ktmoe {
 
 // Waking a sleeping worker costs some 50 us, in which one core multiplies half a million weights.
-inline bool too_small_to_share(int rows, const MoeConfig& config) {
-  return static_cast<double>(rows) * 3 * config.hidden * config.inter < 5e5;
+inline Wake whom_to_wake(int rows, const MoeConfig& config, int parts) {
+  constexpr double kWorthWaking = 5e5;
+  const double work = static_cast<double>(rows) * 3 * config.hidden * config.inter;
+  if (work < kWorthWaking) return Wake::nobody;
+  return work < kWorthWaking * parts ? Wake::leaders : Wake::all;
 }
 
 // Enough tasks for every worker, and none so large that the others would wait for it.

@@ -26,10 +26,19 @@ int cpus_of_process() {
   return std::max(1, CPU_COUNT(&set));
 }
 
-// How long a worker looks for work before it sleeps: a few layers of decode. Never when there are fewer CPUs than workers.
+// How long a worker looks for work before it sleeps: a few layers of decode. Never when there are fewer CPUs than threads.
 std::chrono::microseconds spin_budget(int threads) {
   if (const char* text = std::getenv("KTMOE_SPIN_US")) return std::chrono::microseconds(std::max(0, std::atoi(text)));
   return std::chrono::microseconds(threads > cpus_of_process() ? 0 : 50);
+}
+
+// Confines the calling thread. A CPU that is gone meanwhile is no reason to fail: the thread then stays where it was.
+void run_on(const Cpus& cpus) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (int cpu : cpus)
+    if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &set);
+  if (!cpus.empty()) sched_setaffinity(0, sizeof set, &set);
 }
 
 // True as soon as `ready()`; false when the budget is over.
@@ -73,8 +82,13 @@ class TicketLock {
 
 // Everything that a fork leaves behind in the child lives here, so that the child can forget it as a whole.
 struct ThreadPool::State {
-  State(int threads) : spin_time(spin_budget(threads)), scratch(static_cast<std::size_t>(threads)) {
-    for (int i = 1; i < threads; ++i) workers.emplace_back([this, i] { work(i); });
+  State(int threads, int beside, const std::vector<Cpus>& cpus)
+      : spin_time(spin_budget(threads + beside)), scratch(static_cast<std::size_t>(threads)) {
+    for (int i = 1; i < threads; ++i)
+      workers.emplace_back([this, i, own = static_cast<std::size_t>(i) < cpus.size() ? cpus[static_cast<std::size_t>(i)] : Cpus{}] {
+        run_on(own);
+        work(i);
+      });
   }
   ~State() {
     {
@@ -177,7 +191,8 @@ struct ThreadPool::State {
   std::vector<std::thread> workers;  // last: they use everything above
 };
 
-// All pools of the process, so that fork() can find them. Leaked: fork may come at any time, exit included.
+// All pools of the process, so that fork() can find them: in the order in which they were made, which is also the order in which a
+// call that uses several takes them. Leaked: fork may come at any time, exit included.
 struct ForkHandlers {
   std::mutex mutex;
   std::vector<ThreadPool*> pools;
@@ -208,11 +223,7 @@ struct ForkHandlers {
   }
 };
 
-ThreadPool::ThreadPool(std::vector<SubPool> subpools) : subpools_(std::move(subpools)) {
-  for (const SubPool& s : subpools_) {
-    require(s.threads > 0, ErrorKind::value, "[ThreadPool] threads of a sub-pool: got ", s.threads, ", expected at least 1");
-    threads_ += s.threads;
-  }
+ThreadPool::ThreadPool(int threads, int beside, std::vector<Cpus> cpus) : threads_(threads), beside_(beside), cpus_(std::move(cpus)) {
   require(threads_ > 0 && threads_ <= 4096, ErrorKind::value, "[ThreadPool] threads: got ", threads_, ", expected 1 to 4096");
   auto& all = ForkHandlers::get();
   const std::lock_guard guard(all.mutex);
@@ -231,7 +242,7 @@ ThreadPool::~ThreadPool() {
 ThreadPool::State& ThreadPool::state() {
   if (State* s = state_.load(std::memory_order_acquire)) return *s;
   const std::lock_guard guard(ForkHandlers::get().mutex);
-  if (!state_.load(std::memory_order_acquire)) state_.store(new State(threads_), std::memory_order_release);
+  if (!state_.load(std::memory_order_acquire)) state_.store(new State(threads_, beside_, cpus_), std::memory_order_release);
   return *state_.load(std::memory_order_acquire);
 }
 

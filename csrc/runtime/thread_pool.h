@@ -1,4 +1,4 @@
-// ThreadPool: the workers of one engine.
+// ThreadPool: workers that share the tasks of a call.
 //
 // The caller takes part as worker 0 and never waits for a worker that has not started: whoever arrives first takes the next task.
 // Workers look for work for a bounded time after a job and then sleep, so an idle engine uses no CPU.
@@ -15,22 +15,21 @@
 
 namespace ktmoe {
 
-struct SubPool {
-  int threads;
-  int node;  // NUMA node; placement is decided by the operating system until the engine binds memory
-};
+using Cpus = std::vector<int>;  // logical CPUs; none: anywhere
 
 class ThreadPool {
   struct State;
 
  public:
-  explicit ThreadPool(std::vector<SubPool> subpools);
+  // beside: threads of other pools that work at the same time: nobody waits actively where all of them exceed the CPUs.
+  // cpus[i]: where worker i runs. The caller's thread, worker 0, stays where it is; so do workers beyond the end.
+  explicit ThreadPool(int threads, int beside = 0, std::vector<Cpus> cpus = {});
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int threads() const { return threads_; }
-  const std::vector<SubPool>& subpools() const { return subpools_; }
+  void start() { state(); }  // the threads, if they do not exist; a Session does it too
   bool started() const { return state_.load(std::memory_order_acquire) != nullptr; }
 
   // The pool for the duration of one call.
@@ -69,8 +68,8 @@ class ThreadPool {
   friend struct ForkHandlers;
   State& state();  // starts the threads if they do not exist (yet, or any more after fork)
 
-  const std::vector<SubPool> subpools_;
-  int threads_ = 0;
+  const int threads_, beside_;
+  const std::vector<Cpus> cpus_;
   std::atomic<State*> state_{nullptr};
 };
 

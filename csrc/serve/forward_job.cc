@@ -54,8 +54,9 @@ void ForwardJob::add_earlier() const {
   require(earlier.routing_.n_tokens == n, ErrorKind::runtime, "[forward] deferred experts of the layer before: got ",
           earlier.routing_.n_tokens, " tokens, expected ", n);
   constexpr int kUnit = 16;
-  ThreadPool::Session session(layer_.pool(), n < 2 * kUnit);
-  session.parallel_for(ceil_div(n, kUnit), [&](int unit, int) {
+  SubPools& pools = layer_.pools();
+  SubPools::Session session(pools, pools.count(), n < 2 * kUnit ? Wake::nobody : Wake::all);
+  session.parallel_for(ceil_div(n, kUnit), [&](int unit, Scratch&) {
     const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(unit) * kUnit * hidden;
     const std::ptrdiff_t last = static_cast<std::ptrdiff_t>(std::min((unit + 1) * kUnit, n)) * hidden;
     for (std::ptrdiff_t i = first; i < last; ++i) out_[i] = to_bf16(to_float(out_[i]) + to_float(earlier.deferral_.later[i]));

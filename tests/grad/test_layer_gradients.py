@@ -1,76 +1,15 @@
-"""Gradients of the layer against float64 autograd (which finite differences prove, tests/oracle).
-
-Bounds: relative L2 of 1e-2 for bf16 and 2e-2 where activations are rounded to int8, cosine 0.9999. LoRA gradients are
-compared for all experts at once, as an optimiser sees them. Two exceptions are for dot products that may cancel, where
-three standard deviations are allowed: a router gradient is one product <dy, y>, held against the size that it has for
-independent vectors, |dy| |y| / sqrt(hidden); and the gradient of A for few tokens and a small rank is a few products
-<dG, B>.
-"""
+"""Gradients of the layer against float64 autograd (see oracle/gradients.py for the bounds)."""
 
 import pytest
 import torch
-from oracle.bounds import cosine, relative
-from oracle.experts import ACTIVATIONS, LORA_NAMES, Activation, Lora, layer_forward
-from oracle.layers import Inputs, Layer, Shape, assert_same, grad_out, make_inputs, make_lora
-from oracle.published import PUBLISHED
-from oracle.registry import BLOCK_ROWS, LAYER_SCALED, each_activation, each_format, each_isa, each_layer_format
+from oracle.bounds import relative
+from oracle.experts import ACTIVATIONS, LORA_NAMES, Activation, layer_forward
+from oracle.gradients import bound_of, check, compare
+from oracle.layers import Layer, Shape, assert_same, grad_out, make_inputs, make_lora
+from oracle.registry import BLOCK_ROWS, each_activation, each_format, each_isa, each_layer_format
 
 SHAPES = [Shape(4, 2, 64, 48), Shape(8, 3, 100, 70), Shape(3, 2, 160, 33), Shape(2, 1, 96, 272), Shape(2, 2, 290, 40)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-def reference(layer: Layer, x: Inputs, dy: torch.Tensor, lora: Lora | None, scaling: float) -> dict[str, torch.Tensor]:
-    leaves = {"input": x.hidden.double(), "weights": x.weights.double()}
-    leaves |= {n: t.double() for n, t in (lora or {}).items()}
-    for leaf in leaves.values():
-        leaf.requires_grad_()
-    adapters = {n: leaves[n] for n in lora} if lora else None
-    out = layer.exact(leaves["input"], x.ids, leaves["weights"], adapters, scaling)
-    grads = torch.autograd.grad(out, list(leaves.values()), dy.double(), allow_unused=True, materialize_grads=True)
-    return dict(zip(leaves, grads, strict=True))
-
-
-def router_size(layer: Layer, x: Inputs, dy: torch.Tensor, lora: Lora | None, scaling: float) -> float:
-    """Norm over all slots of |dy| |y| / sqrt(hidden)."""
-    total = 0.0
-    for slot in range(layer.shape.top_k):
-        y = torch.from_numpy(layer.reference(Inputs(x.hidden, x.ids, only(x.weights, slot)), lora, scaling))
-        total += float((dy.double().norm(dim=1) * y.norm(dim=1)).square().sum()) / layer.shape.hidden
-    return total**0.5
-
-
-def only(weights: torch.Tensor, slot: int) -> torch.Tensor:
-    one = torch.zeros_like(weights)
-    one[:, slot] = 1
-    return one
-
-
-def check(isa: str, fmt: str, layer: Layer, x: Inputs, lora: Lora | None, scaling: float, what: str) -> None:
-    dy = grad_out(x.tokens, layer.shape.hidden)
-    adapter = layer.adapter(lora, scaling) if lora else None
-    got = layer.backward(layer.train(x, adapter)[1], dy, adapter, lora)
-    want = reference(layer, x, dy, lora, scaling)
-    error = float((got["weights"].double() - want["weights"]).norm())
-    size = router_size(layer, x, dy, lora, scaling)
-    assert error <= 3 * bound_of(fmt) * size, f"{isa}/{fmt} {what}: router gradient is off by {error:.4g} of {size:.4g}"
-    few = lora is not None and x.tokens * layer.shape.top_k * lora["up_a"].shape[1] < 16
-    compare(got, {n: g for n, g in want.items() if n != "weights"}, fmt, f"{isa}/{fmt} {what}", 3 if few else 1)
-
-
-def bound_of(fmt: str) -> float:
-    return 2e-2 if fmt in (*LAYER_SCALED, *PUBLISHED) else 1e-2
-
-
-def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], fmt: str, what: str, slack: int = 1) -> None:
-    bound = slack * bound_of(fmt)
-    for name, exact in want.items():
-        error = relative(got[name].double().numpy(), exact.numpy())
-        assert error <= bound, f"{what}: gradient of {name} is off by {error:.4f}"
-        if exact.abs().max() > 0:
-            turned = 2e-4 if fmt in PUBLISHED else 1e-4  # a relative error of 2e-2 turns by 2e-4
-            assert cosine(got[name].numpy(), exact.numpy()) >= 1 - turned * slack**2, (
-                f"{what}: {name} has another direction"
-            )
 
 
 @each_isa
@@ -80,7 +19,7 @@ def test_base(isa: str, fmt: str, shape: Shape) -> None:
     layer = Layer(shape, fmt, isa)
     for tokens in (1, 2, 3, 20, 50):
         x = make_inputs(shape, tokens, "mixed" if tokens > 3 else "uniform")
-        check(isa, fmt, layer, x, None, 1.0, f"{shape} tokens={tokens}")
+        check(layer, x, None, 1.0, f"{shape} tokens={tokens}")
 
 
 @each_isa
@@ -90,7 +29,7 @@ def test_base(isa: str, fmt: str, shape: Shape) -> None:
 def test_lora(isa: str, fmt: str, shape: Shape, rank: int) -> None:
     layer, lora = Layer(shape, fmt, isa), make_lora(shape, rank)
     for tokens in (2, 40):
-        check(isa, fmt, layer, make_inputs(shape, tokens), lora, 2.5, f"{shape} rank={rank} tokens={tokens}")
+        check(layer, make_inputs(shape, tokens), lora, 2.5, f"{shape} rank={rank} tokens={tokens}")
 
 
 @each_isa
@@ -103,8 +42,8 @@ def test_activations_and_biases(isa: str, fmt: str, activation: Activation, bias
         layer = Layer(shape, fmt, isa, activation=activation, with_biases=biases)
         lora = make_lora(shape, 6, gated=activation.gated)
         x = make_inputs(shape, 40, "mixed")
-        check(isa, fmt, layer, x, lora, 2.5, f"{shape} lora")
-        check(isa, fmt, layer, x, None, 1.0, f"{shape} base")
+        check(layer, x, lora, 2.5, f"{shape} lora")
+        check(layer, x, None, 1.0, f"{shape} base")
 
 
 @each_isa
@@ -113,7 +52,7 @@ def test_ungated_gradients_of_idle_experts_and_chunks(isa: str) -> None:
     layer = Layer(shape, "bf16", isa, chunk_tokens=7, activation=ACTIVATIONS["relu2"])
     lora, x = make_lora(shape, 3, gated=False), make_inputs(shape, 20)
     x.ids[:7], x.ids[7:] = x.ids[:7] % 2, x.ids[7:] % 4
-    check(isa, "bf16", layer, x, lora, 1.0, "chunks")
+    check(layer, x, lora, 1.0, "chunks")
     adapter = layer.adapter(lora)
     grads = layer.backward(layer.train(x, adapter)[1], grad_out(20, 64), adapter, lora)
     assert all((grads[name][4:] == 0).all() and (grads[name][:4] != 0).any() for name in lora)
@@ -126,7 +65,7 @@ def test_more_rows_than_a_block(isa: str, fmt: str) -> None:
     shape = Shape(2, 1, 64, 48)
     layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
     tokens = BLOCK_ROWS[isa] + 21
-    check(isa, fmt, layer, make_inputs(shape, tokens, "all to one"), lora, 1.0, f"tokens={tokens}")
+    check(layer, make_inputs(shape, tokens, "all to one"), lora, 1.0, f"tokens={tokens}")
 
 
 @each_isa
@@ -138,7 +77,7 @@ def test_chunks(isa: str, fmt: str, chunk: int) -> None:
     layer, lora = Layer(shape, fmt, isa, chunk_tokens=chunk), make_lora(shape, 4)
     x = make_inputs(shape, 40)
     x.ids[:chunk] = x.ids[:chunk] % 2
-    check(isa, fmt, layer, x, lora, 1.0, f"chunk={chunk}")
+    check(layer, x, lora, 1.0, f"chunk={chunk}")
 
 
 @each_isa

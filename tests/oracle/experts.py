@@ -36,12 +36,17 @@ def to_int8_rows(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Rounding:
-    """activations: None (exact), "bf16" or "int8"."""
+    """activations: None (exact), "bf16" or "int8". slices: (first, number) of columns of h with their own scale."""
 
     activations: str | None
+    slices: tuple[tuple[int, int], ...] = ()
 
-    def operand(self, x: torch.Tensor) -> torch.Tensor:
-        return to_int8_rows(x) if self.activations == "int8" else x
+    def operand(self, x: torch.Tensor, is_h: bool = False) -> torch.Tensor:
+        if self.activations != "int8":
+            return x
+        if not (is_h and self.slices):
+            return to_int8_rows(x)
+        return torch.cat([to_int8_rows(x[:, first : first + n]) for first, n in self.slices], dim=1)
 
     def stored(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.activations is None else to_bf16(x)
@@ -125,7 +130,7 @@ def expert_forward(
         w = weights[which]
         if w is None:
             return None
-        out = rounding.operand(v) @ w.T
+        out = rounding.operand(v, which == 2) @ w.T
         if lora is not None:
             a, b = (lora[n] for n in LORA_NAMES[2 * which : 2 * which + 2])
             seen = v if masks is None else v * masks[which // 2]

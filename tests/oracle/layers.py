@@ -120,8 +120,9 @@ def make_lora(shape: Shape, rank: int, seed: int = 0, dtype: torch.dtype = torch
     return lora
 
 
-def make_pool(threads: int = 2) -> "_ext.ThreadPool":
-    return _ext.ThreadPool([threads], [0])
+def make_pool(threads: int = 2, parts: int = 1) -> "_ext.ThreadPool":
+    """threads: of each sub-pool."""
+    return _ext.ThreadPool([threads] * parts, [-1] * parts)
 
 
 @dataclass
@@ -131,7 +132,8 @@ class Layer:
     shape: Shape
     fmt: str
     isa: str
-    threads: int = 2
+    threads: int = 2  # of each sub-pool
+    parts: int = 1  # sub-pools
     chunk_tokens: int = 0
     on_gpu: list[bool] | None = None
     activation: Activation = SILU
@@ -141,7 +143,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         s = self.shape
-        self.pool = self.pool or make_pool(self.threads)
+        self.pool = self.pool or make_pool(self.threads, self.parts)
         mask = None if self.on_gpu is None else torch.tensor(self.on_gpu)
         self.engine = _ext.MoeLayer(
             self.pool, s.experts, s.top_k, s.hidden, s.inter, self.fmt, self.isa, self.chunk_tokens, mask,
@@ -174,7 +176,7 @@ class Layer:
 
     @property
     def rounding(self) -> Rounding:
-        return Rounding(activations(self.fmt))
+        return Rounding(activations(self.fmt), tuple(self.engine.parts))
 
     def dequantized(self) -> Weights:
         """The weights that the kernels use, in float64."""
