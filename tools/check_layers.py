@@ -19,7 +19,7 @@ CPP = {
 }
 # Python: a module of a level may import lower levels and its own.
 LEVELS = [
-    {"errors", "cache", "cpu_share", "memory"},
+    {"errors", "cache", "cpu_share", "large", "memory"},
     {"config", "methods", "placement"},
     {"streams"},
     {"capsule", "runtime", "io", "deferred", "staging"},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import _ext
+from . import _ext, large
 from .capsule import rows_in_one_piece, to_dlpack
 from .config import MoEConfig
 from .errors import WeightFileError, not_available, weights_not_loaded
@@ -34,6 +34,7 @@ _WEIGHT_DTYPES = (_F32, _BF16)
 _BIASES = ("gate_bias", "up_bias", "down_bias")
 _empty_like = torch.empty_like
 _CONTIGUOUS = torch.contiguous_format
+_FEW_TOKENS = 64  # whose output is never large: no need to ask
 _CPU = torch.device("cpu")
 
 
@@ -437,7 +438,8 @@ class BaseMoEWrapper(PackedWeights):
         dropout: tuple[float, int] = (0.0, 0),
     ) -> Tensor:
         """One plain forward of inputs from `_inputs`: bf16 [n_tokens, hidden]. dropout: p and seed."""
-        out = _empty_like(hidden, memory_format=_CONTIGUOUS)
+        few = hidden.shape[0] <= _FEW_TOKENS
+        out = _empty_like(hidden, memory_format=_CONTIGUOUS) if few else large.empty(hidden.shape, _BF16)
         if hidden.shape[0]:
             self.layer.forward(
                 to_dlpack(hidden),

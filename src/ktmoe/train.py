@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ext
+from . import _ext, large
 from .capsule import rows_in_one_piece, to_dlpack
 from .lora import PackedLora
 
@@ -48,8 +48,8 @@ class Gradients(NamedTuple):
 
 
 def empty_f32(shape: Sequence[int]) -> Tensor:
-    """A new fp32 tensor in CPU memory, whatever torch's default device is (models are built under "meta")."""
-    return torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
+    """A new fp32 tensor in CPU memory."""
+    return large.empty(shape, torch.float32)
 
 
 def run_forward(
@@ -61,7 +61,7 @@ def run_forward(
     dropout: Dropout = _NO_DROPOUT,
 ) -> tuple[Tensor, SavedForward]:
     """The output, bf16 [n_tokens, hidden], and what `run_backward` needs. Inputs as from `BaseMoEWrapper._inputs`."""
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    out = large.empty(hidden.shape, hidden.dtype)
     cache = layer.forward_train(
         to_dlpack(hidden),
         to_dlpack(ids),
@@ -91,7 +91,7 @@ def run_backward(
     and down: overwritten with the gradients of the base weights.
     """
     n_tokens = grad_out.shape[0]
-    hidden = None if hidden_dtype is None else torch.empty(grad_out.shape, dtype=hidden_dtype, device="cpu")
+    hidden = None if hidden_dtype is None else large.empty(grad_out.shape, hidden_dtype)
     weights = None if top_k is None else empty_f32((n_tokens, top_k))
     layer.backward(
         saved.cache,
