@@ -19,7 +19,7 @@ CPP = {
 # Python: a module of a level may import lower levels and its own.
 LEVELS = [
     {"errors", "cache", "memory"},
-    {"config", "methods"},
+    {"config", "methods", "topology"},
     {"capsule", "runtime", "io", "deferred"},
     {"lora", "base_weights", "packing"},
     {"packed_weights"},
