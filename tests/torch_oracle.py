@@ -172,7 +172,11 @@ def forward(
                 g = g + _lora_term(adapter.gate_a[e], adapter.gate_b[e], x[t], adapter.scaling)
                 u = u + _lora_term(adapter.up_a[e], adapter.up_b[e], x[t], adapter.scaling)
             h = silu(g) * u
-            y = down[e] @ (int8_rows(h) if int8 and not for_gradients else h)
+            if int8 and not for_gradients:  # each part of the layer has a scale of its own
+                rounded = torch.cat([int8_rows(h[first : first + n]) for first, n in wrapper.layer.parts])
+            else:
+                rounded = h
+            y = down[e] @ rounded
             if adapter is not None:
                 y = y + _lora_term(adapter.down_a[e], adapter.down_b[e], h, adapter.scaling)
             total = total + weights[t, slot].double() * y

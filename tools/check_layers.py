@@ -20,7 +20,7 @@ CPP = {
 # Python: a module of a level may import lower levels and its own.
 LEVELS = [
     {"errors", "cache", "cpu_share", "large", "memory"},
-    {"config", "methods", "placement"},
+    {"config", "methods", "placement", "topology"},
     {"streams"},
     {"capsule", "runtime", "io", "deferred", "staging"},
     {"lora", "base_weights", "packing"},

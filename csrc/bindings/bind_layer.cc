@@ -277,6 +277,16 @@ void init_layer(nb::module_& m) {
            nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(), nb::arg("down_bias").none() = nb::none())
       .def("load_expert_raw", &load_expert_raw, nb::arg("expert"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
            nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(), nb::arg("down_bias").none() = nb::none())
+      .def(
+          "share_gpu_mask",
+          [](MoeLayer& layer, nb::object owner) {
+            require(!PyCapsule_CheckExact(owner.ptr()), ErrorKind::type, "[share_gpu_mask] mask: got a capsule, expected the array itself");
+            const InArray array = nb::cast<InArray>(owner);
+            TensorArg<InArray> mask("share_gpu_mask", "mask", array);
+            mask.dtype({Dtype::boolean, Dtype::uint8}).shape({layer.config().n_experts}).contiguous();
+            layer.share_gpu_mask(mask.data<std::uint8_t>());
+          },
+          nb::arg("mask"), nb::keep_alive<1, 2>())
       .def_prop_ro("loaded", &MoeLayer::loaded)
       .def("unload", &MoeLayer::unload)
       .def_prop_ro("packed_bytes", &MoeLayer::packed_bytes)

@@ -43,6 +43,10 @@ class MoeLayer {
   void attach(const std::byte* packed, int n_rows, const std::vector<int>& row, const Biases& biases = {});
   void dequantize(int expert, float* gate, float* up, float* down) const;
 
+  // From now on [n_experts] bytes of the caller say before each forward which experts are computed elsewhere (1) and skipped here.
+  // Experts that the configuration had on the GPU have no memory here and can not come back.
+  void share_gpu_mask(const std::uint8_t* mask) { gpu_mask_ = mask; }
+
   // out: [n_tokens][hidden] dense. lora may be null. Throws before any work on bad routing.
   void forward(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout = {}) const;
   ForwardCache forward_train(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout = {}) const;
@@ -57,6 +61,7 @@ class MoeLayer {
   void check_biases(int expert, const Biases& biases) const;
   void check_expert(const char* function, int expert) const;
   void check_ready(const char* function, const LoraAdapter* lora) const;
+  RoutePlan plan_chunk(const Routing& routing, int block_rows) const;
   int tokens_per_pass() const;
   void forward_chunk(const ForwardPass& pass, ForwardCache::Chunk* kept, bf16* out) const;
 
@@ -65,6 +70,7 @@ class MoeLayer {
   const MoeConfig config_;
   const ExpertLayout layout_;  // of packed bytes as the outside sees them
   std::vector<LayerPart> parts_;
+  const std::uint8_t* gpu_mask_ = nullptr;
 };
 
 }  // namespace ktmoe

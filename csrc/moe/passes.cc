@@ -108,12 +108,21 @@ void MoeLayer::forward_chunk(const ForwardPass& pass, ForwardCache::Chunk* chunk
   merge_rows(session, part(0).kernels(), terms, pass.plan.n_tokens, config_.hidden, {nullptr, out});
 }
 
+RoutePlan MoeLayer::plan_chunk(const Routing& routing, int block_rows) const {
+  const std::uint8_t* own = config_.on_gpu.empty() ? nullptr : config_.on_gpu.data();
+  RoutePlan plan(config_, routing, block_rows, gpu_mask_ ? gpu_mask_ : own);
+  for (const RoutePlan::Block& b : plan.blocks)
+    require(part(0).has(b.expert), ErrorKind::runtime, "[forward] expert ", b.expert,
+            ": the mask says that it is not on the GPU, but it was there when the layer was made, so it has no weights here");
+  return plan;
+}
+
 void MoeLayer::forward(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout) const {
   check_ready("forward", lora);
   routing.check(config_);
   const int step = tokens_per_pass(), block_rows = part(0).kernels().block_rows;
   for (int t = 0; t < routing.n_tokens; t += step) {
-    const RoutePlan plan(config_, routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), block_rows);
+    const RoutePlan plan = plan_chunk(routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), block_rows);
     forward_chunk({plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout}, nullptr,
                   out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
   }
@@ -134,7 +143,7 @@ ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16
     std::memcpy(cache.x.data() + row_bytes * static_cast<std::size_t>(t), hidden.data + t * hidden.ld, row_bytes);
   const int step = tokens_per_pass(), block_rows = part(0).kernels().block_rows;
   for (int t = 0; t < routing.n_tokens; t += step) {
-    RoutePlan plan(config_, routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), block_rows);
+    RoutePlan plan = plan_chunk(routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), block_rows);
     cache.chunks.push_back({t, std::move(plan), {}});
     ForwardCache::Chunk& chunk = cache.chunks.back();
     for (const LayerPart& p : parts_) chunk.parts.push_back(p.keep(chunk.plan.rows(), lora));

@@ -17,13 +17,14 @@ void Routing::check(const MoeConfig& config) const {
             id(i), ", expected 0 to ", config.n_experts - 1, ", or -1 or ", config.n_experts, " for 'not routed here'");
 }
 
-RoutePlan::RoutePlan(const MoeConfig& config, const Routing& routing, int block_rows) : n_tokens(routing.n_tokens), top_k(config.top_k) {
+RoutePlan::RoutePlan(const MoeConfig& config, const Routing& routing, int block_rows, const std::uint8_t* on_gpu)
+    : n_tokens(routing.n_tokens), top_k(config.top_k) {
   const std::size_t slots = static_cast<std::size_t>(n_tokens) * static_cast<std::size_t>(top_k);
   std::vector<int> expert(slots), next(static_cast<std::size_t>(config.n_experts) + 1, 0);
   slot_weight.resize(slots);
   for (std::size_t i = 0; i < slots; ++i) {
     const std::int64_t id = routing.id(i);
-    const bool here = id >= 0 && id < config.n_experts && !config.gpu(static_cast<int>(id));
+    const bool here = id >= 0 && id < config.n_experts && !(on_gpu && on_gpu[id]);
     expert[i] = here ? static_cast<int>(id) : -1;
     slot_weight[i] = routing.weight(i);
     if (here) ++next[static_cast<std::size_t>(id) + 1];

@@ -29,7 +29,8 @@ struct RoutePlan {
     int expert, begin, rows;
   };
 
-  RoutePlan(const MoeConfig& config, const Routing& routing, int block_rows);
+  // on_gpu: [n_experts], 1 = not computed here, or null.
+  RoutePlan(const MoeConfig& config, const Routing& routing, int block_rows, const std::uint8_t* on_gpu);
 
   int n_tokens, top_k;
   std::vector<std::int32_t> token;   // [rows]

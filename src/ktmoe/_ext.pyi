@@ -31,14 +31,24 @@ def kernel_name(op: str, format: str, isa: str) -> str:
 
 # --- threads ------------------------------------------------------------------------------------------------------
 class ThreadPool:
-    """Workers of one engine. The calling thread is worker 0. Calls from several threads are served in arrival order."""
+    """Workers of one engine, in sub-pools. The calling thread is worker 0 of the first one. Calls from several threads
+    are served in arrival order."""
 
-    def __init__(self, subpool_threads: list[int], subpool_nodes: list[int]) -> None: ...
+    def __init__(
+        self,
+        subpool_threads: list[int],
+        subpool_nodes: list[int],  # NUMA node whose memory holds the sub-pool's weights; -1: wherever
+        subpool_cpus: list[list[int]] = ...,  # where its own workers run; an empty list: anywhere
+    ) -> None: ...
     @property
-    def threads(self) -> int: ...
+    def threads(self) -> int:
+        """Of all sub-pools."""
     @property
     def started(self) -> bool:
         """False before the first use, and again in a forked child until it uses the pool."""
+
+def node_memory_refused(node: int) -> str:
+    """Why memory cannot be bound to this NUMA node; "" if it can, or node < 0."""
 
 class Ticket:
     """One submitted task."""
@@ -145,7 +155,8 @@ class LoraAdapter:
         down_a: Array,  # [n_experts, rank, inter]
         down_b: Array,  # [n_experts, hidden, rank]
     ) -> None:
-        """Copies (rounds to bf16) the tensors. Gives a `version` that no adapter of this process has had."""
+        """Copies (rounds to bf16) the tensors, once for all parts of the layer. Gives a `version` that no adapter of
+        this process has had."""
     @property
     def rank(self) -> int: ...
     @property
@@ -166,7 +177,7 @@ LAYOUT_VERSION: int
 """Of the packed bytes: a file with another one cannot be attached."""
 
 class MoeLayer:
-    """The routed experts of one layer."""
+    """The routed experts of one layer, cut along inter into one part for each sub-pool of `pool`."""
 
     def __init__(
         self,
@@ -218,6 +229,13 @@ class MoeLayer:
         A scale or code that is not finite, or a zero point above 15, is a ValueError naming matrix and row; the expert
         is then not loaded."""
     @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(first, number) of the columns of h of each part; fewer parts than sub-pools where inter is small."""
+    def share_gpu_mask(self, mask: Array) -> None:
+        """bool or uint8 [n_experts], C-contiguous, shared from now on: read before each forward; 1 = skipped here.
+        Experts that were on the GPU when the layer was made have no memory here: RuntimeError in a forward that needs
+        one."""
+    @property
     def loaded(self) -> bool:
         """True when every CPU expert has been loaded."""
     def unload(self) -> None:
@@ -227,7 +245,7 @@ class MoeLayer:
     @property
     def expert_bytes(self) -> int:
         """Packed bytes of one expert, a multiple of 4096. They depend on the weights, formats and LAYOUT_VERSION alone,
-        not on the ISA, the threads or the machine."""
+        not on the ISA, the threads, the parts or the machine."""
     def read_expert(self, expert: int, out: Array) -> None:
         """Copies the packed bytes of a loaded expert to uint8 [expert_bytes]."""
     def attach(
@@ -239,7 +257,8 @@ class MoeLayer:
         down_bias: Array | None = None,  # fp32 [n, hidden]
     ) -> None:
         """Runs on the caller's packed bytes, uint8 [n, expert_bytes], 64-byte aligned, kept alive with the layer:
-        expert e is packed[row[e]] (entries of GPU experts are ignored). Replaces all experts; copies nothing."""
+        expert e is packed[row[e]] (entries of GPU experts are ignored). Replaces all experts. Copies nothing, but for a
+        layer of several parts, which get copies of their own."""
     @property
     def isa(self) -> str: ...
     @property

@@ -55,7 +55,8 @@ class BaseMoEWrapper(PackedWeights):
 
     Expert weights: gate and up [inter, hidden], down [hidden, inter]; y = down(silu(gate(x)) * up(x)), or another
     activation (see `KTMoEWrapper`), each projection with an optional bias. Biases are frozen, as the weights are.
-    Experts that `gpu_experts_mask` marks get no memory here and contribute nothing to the output.
+    Experts that `gpu_experts_mask` marks contribute nothing to the output. The mask is shared: changes in place count
+    from the next forward on. Those marked when the layer is made get no memory here, and can not come back.
     """
 
     def __init__(self, config: MoEConfig, method: Method) -> None:
@@ -67,7 +68,6 @@ class BaseMoEWrapper(PackedWeights):
         self.num_experts_per_tok = config.num_experts_per_tok
         self.hidden_size = config.hidden_size
         self.moe_intermediate_size = config.moe_intermediate_size
-        self.num_gpu_experts = config.num_gpu_experts
         self.gpu_experts_mask = config.gpu_experts_mask
         self.weight_path = config.weight_path
         self.chunked_prefill_size = config.chunked_prefill_size
@@ -76,19 +76,26 @@ class BaseMoEWrapper(PackedWeights):
         self.cpu_infer: CPUInfer = engine_for(config)
         self._row = method
         self.gated = config.gated
+        # Experts that have no memory here, whatever the shared mask says later.
+        self._absent = config.gpu_experts_mask.to(torch.uint8)
         self.layer = self._new_layer(self._own_formats())
         # Not a method: who keeps it must not keep the wrapper, or its weights would wait for the garbage collector.
         dims = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self._new_mirror = functools.partial(LoraMirror, self.cpu_infer.pool, *dims, config.gated)
         self.mirror = self._new_mirror()
         """Packed LoRA of `ktmoe.autograd.moe_forward`."""
-        self._cpu_experts = [e for e, on_gpu in enumerate(config.gpu_experts_mask.tolist()) if not on_gpu]
+        self._cpu_experts = [e for e, absent in enumerate(self._absent.tolist()) if not absent]
+
+    @property
+    def num_gpu_experts(self) -> int:
+        """Experts that `gpu_experts_mask` has on the GPU now."""
+        return int(self.gpu_experts_mask.sum())
 
     def __repr__(self) -> str:
         c = self.config
         return (
             f"{type(self).__name__}(layer_idx={c.layer_idx}, method={self.method!r}, num_experts={c.num_experts}, "
-            f"num_gpu_experts={c.num_gpu_experts}, hidden_size={c.hidden_size}, "
+            f"num_gpu_experts={self.num_gpu_experts}, hidden_size={c.hidden_size}, "
             f"moe_intermediate_size={c.moe_intermediate_size}, loaded={self.loaded})"
         )
 
@@ -130,7 +137,7 @@ class BaseMoEWrapper(PackedWeights):
     def _engine_layer(self, gate_up_format: str, down_format: str) -> _ext.MoeLayer:
         """An empty engine layer of these formats. ValueError for a format that the engine does not have."""
         config = self.config
-        return _ext.MoeLayer(
+        layer = _ext.MoeLayer(
             self.cpu_infer.pool,
             config.num_experts,
             config.num_experts_per_tok,
@@ -139,12 +146,14 @@ class BaseMoEWrapper(PackedWeights):
             gate_up_format,
             "" if self._row.amx else isa_without_amx(),
             config.chunked_prefill_size,
-            to_dlpack(config.gpu_experts_mask.to(torch.uint8)) if config.num_gpu_experts else None,
+            to_dlpack(self._absent) if bool(self._absent.any()) else None,
             config.activation,
             config.swiglu_limit,
             config.swiglu_alpha,
             down_format,
         )
+        layer.share_gpu_mask(config.gpu_experts_mask)
+        return layer
 
     # --- weights --------------------------------------------------------------------------------------------------
     @property

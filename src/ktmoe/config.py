@@ -46,20 +46,20 @@ def _number(name: str, value: Any) -> float:
 
 
 def _mask(value: Any, num_experts: int) -> Tensor:
-    """An own CPU copy of the mask, bool [num_experts]."""
+    """The mask, bool [num_experts], contiguous on the CPU: the caller's own memory where it is that already."""
     mask = torch.as_tensor(value, device="cpu")
     if mask.dtype is not torch.bool:
         raise TypeError(f"gpu_experts_mask: got dtype {mask.dtype}, expected torch.bool")
     if tuple(mask.shape) != (num_experts,):
         raise ValueError(f"gpu_experts_mask: got shape {tuple(mask.shape)}, expected ({num_experts},)")
-    return mask.detach().clone().contiguous()
+    return mask.detach().contiguous()
 
 
 @dataclass(frozen=True, eq=False)
 class MoEConfig:
     """One MoE layer: its shape, where its weights come from, and what runs it. See `KTMoEWrapper` for the meanings.
 
-    After construction `gpu_experts_mask` is always a bool tensor [num_experts] and `num_gpu_experts` its sum.
+    After construction `gpu_experts_mask` is always a bool tensor [num_experts] and `num_gpu_experts` its sum then.
     """
 
     layer_idx: int

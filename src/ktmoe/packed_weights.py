@@ -16,6 +16,7 @@ from .errors import WeightFileError
 from .io.fingerprint import folder_fingerprint
 from .io.packed_dir import PackedIndex, write_packed_index
 from .io.packed_file import PackedInfo, layer_file, open_packed, read_info
+from .memory import check_memory
 from .methods import METHODS, Method
 from .packing import Progress, ReadExpert, pack_layer
 from .runtime import log
@@ -45,7 +46,9 @@ class PackedWeights:
         """Maps one file of packed experts (`ktmoe-layer-00007.safetensors`); see `load_weights` for the map.
 
         The file must have been made for this layer number and these dimensions, by this method or by another one with
-        the same formats. WeightFileError, naming the file and what differs; the layer then is as it was.
+        the same formats. With several sub-pools the experts are copied, each part to the memory of its node.
+        WeightFileError, naming the file and what differs, or MemoryError if the copies clearly do not fit; the layer
+        then is as it was.
         """
         packed = open_packed(path)
         info, path = packed.info, packed.path
@@ -59,6 +62,9 @@ class PackedWeights:
         rows = [0] * n_experts
         for slot, logical in self._slots(physical_to_logical_map, info.n_experts, path):
             rows[slot] = logical
+        if len(layer.parts) > 1:  # each gets a copy of its own
+            n_cpu = len(self._cpu_experts)
+            check_memory(layer.expert_bytes * n_cpu, f"{path}: {n_cpu} experts for {len(layer.parts)} sub-pools")
         layer.attach(packed.experts, rows, **packed.biases)
         self.layer = layer
 

@@ -7,22 +7,23 @@ ends. A forked child starts with idle engines: the pool forgets its threads by i
 from __future__ import annotations
 
 import atexit
-import functools
 import logging
 import operator
 import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from . import _ext
 from .config import MoEConfig
+from .cpu_share import default_threads, nodes_of_rank
 from .deferred import LayerChain
 from .errors import engine_closed, shut_down
 from .staging import StagingPool
+from .topology import fake_nodes, node_cpus, physical_cores, usable_cpus
 
 log = logging.getLogger("ktmoe")
 # Without a handler Python writes warnings to stderr; what is shown is the application's decision.
@@ -31,43 +32,6 @@ log.addHandler(logging.NullHandler())
 _EXIT_TIMEOUT_S = 2.0
 QUEUE_CAPACITY = 256
 """Submitted forwards that may wait in the queue of an engine: more than any model has layers."""
-
-
-# --- the machine --------------------------------------------------------------------------------------------------
-def _cpu_list(path: str) -> list[int]:
-    """Parses the kernel's "0-3,8" lists; empty if the file is missing (not Linux, or a container hides it)."""
-    try:
-        with open(path, encoding="ascii") as file:
-            text = file.read().strip()
-    except OSError:
-        return []
-    numbers: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        numbers.extend(range(int(first), int(last or first) + 1))
-    return numbers
-
-
-def usable_cpus() -> frozenset[int]:
-    """Logical CPUs that this process may run on."""
-    return frozenset(os.sched_getaffinity(0))
-
-
-@functools.cache
-def physical_cores(cpus: frozenset[int]) -> int:
-    """Number of cores behind `cpus`: two hyper-threads of one core count once."""
-    cores = {
-        tuple(_cpu_list(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) or (cpu,) for cpu in cpus
-    }
-    return max(1, len(cores))
-
-
-@functools.cache
-def numa_nodes(cpus: frozenset[int]) -> tuple[int, ...]:
-    """NUMA nodes that own at least one of `cpus`, ascending; (0,) where the kernel does not say."""
-    root = "/sys/devices/system/node"
-    found = [n for n in _cpu_list(f"{root}/online") if cpus.intersection(_cpu_list(f"{root}/node{n}/cpulist"))]
-    return tuple(found) or (0,)
 
 
 def isa_without_amx() -> str:
@@ -92,6 +56,8 @@ def _warn_once(text: str) -> None:
 class WorkerPoolConfig:
     """The threads of one engine, in sub-pools: usually one sub-pool for each NUMA node.
 
+    Layers are cut into one part for each sub-pool, see docs/numa.md.
+
     `subpool_numa_map[i]` is the node of sub-pool i, `subpool_thread_count[i]` its number of threads.
     """
 
@@ -115,28 +81,74 @@ class WorkerPoolConfig:
     def plan(cls, threads: int | None, subpools: int | None, nodes: Sequence[int] | None = None) -> WorkerPoolConfig:
         """Fits what was asked for to this machine.
 
-        threads: in total, None = one per physical core. subpools: None = one per NUMA node. nodes: one per sub-pool.
-        More threads than usable CPUs only fight each other, so they are cut to that number (results do not depend
-        on it). Nodes that do not exist are replaced by ones that do. Each of these is one warning in the log.
+        threads: in total, None = one per physical core of the nodes that are used, as far as control groups and other
+        local ranks (torchrun) leave them (`cpu_share`). subpools: None = one per NUMA node, of those of this rank.
+        nodes: one per sub-pool. More threads than usable CPUs, of the machine or of a node, only fight each other, so
+        they are cut to that number (results do not depend on it). Nodes that do not exist are replaced by ones that do.
+        Each of these is one warning in the log. A single sub-pool is that of one node, unless more threads were asked
+        for than the node has CPUs and no node was named: it then has all nodes.
         """
         cpus = usable_cpus()
-        present = numa_nodes(cpus)
-        count = subpools if subpools is not None else len(present)
-        total = threads if threads is not None else physical_cores(cpus)
+        present = node_cpus(cpus)
+        everywhere = _cores_of(present, present)
+        if subpools is None and nodes is None:
+            present = {n: present[n] for n in nodes_of_rank(list(present))}
+        count = subpools if subpools is not None else len(nodes or present)
+        chosen = _choose_nodes(count, nodes, list(present))
+        total = threads if threads is not None else min(_cores_of(present, chosen), default_threads(everywhere))
         if total > len(cpus):
             _warn_once(f"cpuinfer_threads={total} is more than the {len(cpus)} usable CPUs: using {len(cpus)}")
             total = len(cpus)
-        if nodes is None:
-            if count > len(present):
-                _warn_once(
-                    f"threadpool_count={count} is more than the {len(present)} NUMA node(s): sub-pools share them"
-                )
-            nodes = [present[i % len(present)] for i in range(count)]
-        elif not set(nodes) <= set(present):
-            _warn_once(f"numa_nodes={list(nodes)}: not all usable here, using nodes out of {list(present)}")
-            nodes = [n if n in present else present[i % len(present)] for i, n in enumerate(nodes)]
         share, rest = divmod(total, count)
-        return cls(count, nodes, [max(1, share + (i < rest)) for i in range(count)])
+        shares = [max(1, share + (i < rest)) for i in range(count)]
+        if count > 1 or nodes is not None:
+            room = [max(1, len(present[n]) // chosen.count(n)) for n in chosen]
+            if threads is not None and any(s > r for s, r in zip(shares, room, strict=True)):
+                _warn_once(
+                    f"cpuinfer_threads={threads}: NUMA nodes {chosen} have {[len(present[n]) for n in chosen]} usable "
+                    "CPUs, which is fewer than their shares: using as many threads as they have"
+                )
+            shares = [min(s, r) for s, r in zip(shares, room, strict=True)]
+        return cls(count, chosen, shares)
+
+
+def _cores_of(present: Mapping[int, frozenset[int]], nodes: Iterable[int]) -> int:
+    return physical_cores(frozenset[int]().union(*(present[n] for n in nodes)))
+
+
+def _choose_nodes(count: int, nodes: Sequence[int] | None, present: list[int]) -> list[int]:
+    """The node of each sub-pool."""
+    if nodes is None:
+        if count > len(present):
+            _warn_once(f"threadpool_count={count} is more than the {len(present)} NUMA node(s): sub-pools share them")
+        return [present[i % len(present)] for i in range(count)]
+    if not set(nodes) <= set(present):
+        _warn_once(f"numa_nodes={list(nodes)}: not all usable here, using nodes out of {present}")
+    return [n if n in present else present[i % len(present)] for i, n in enumerate(nodes)]
+
+
+def placement(config: WorkerPoolConfig) -> tuple[list[int], list[list[int]]]:
+    """Where the engine puts each sub-pool: the node of its memory (-1: anywhere), its workers' CPUs (none: anywhere).
+
+    There is nothing to choose on one node, and none for a sub-pool that is larger than its node. A system that refuses
+    to bind memory (containers often do) is one warning in the log.
+    """
+    anywhere: tuple[list[int], list[list[int]]] = [-1] * config.subpool_count, [[] for _ in config.subpool_numa_map]
+    present = node_cpus(usable_cpus())
+    if len(present) < 2 or fake_nodes():
+        return anywhere
+    nodes, cpus = anywhere
+    for i, (node, threads) in enumerate(zip(config.subpool_numa_map, config.subpool_thread_count, strict=True)):
+        if threads <= len(present.get(node, ())):
+            nodes[i], cpus[i] = node, sorted(present[node])
+    for node in {n for n in nodes if n >= 0}:
+        if refused := _ext.node_memory_refused(node):
+            _warn_once(
+                f"weights are not bound to the memory of NUMA nodes: {refused}. They lie where they are first written, "
+                "which is the same node as long as it has room"
+            )
+            return [-1] * config.subpool_count, cpus
+    return nodes, cpus
 
 
 # --- fork ---------------------------------------------------------------------------------------------------------
@@ -167,7 +179,7 @@ class CPUInfer:
         self.config = config
         self.queue_capacity = queue_capacity
         self.closed = False
-        self.pool = _ext.ThreadPool(list(config.subpool_thread_count), list(config.subpool_numa_map))
+        self.pool = _ext.ThreadPool(list(config.subpool_thread_count), *placement(config))
         self._queue: _ext.TaskQueue | None = None
         self._chains: dict[object, LayerChain] = {}
         self.staging = StagingPool()

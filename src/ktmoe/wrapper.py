@@ -33,7 +33,8 @@ class KTMoEWrapper(BaseMoEWrapper):
     num_experts, num_experts_per_tok, hidden_size, moe_intermediate_size: the shape of the layer (1..65536 each).
     num_gpu_experts: experts [0, n) are on the GPU, so this layer gives them no memory and skips them.
     cpuinfer_threads: threads of the engine, None = one per physical core. threadpool_count: sub-pools, None = one per
-        NUMA node. Layers with equal values share one engine.
+        NUMA node; each holds and computes its slice of moe_intermediate_size (tensor parallelism; 1: none), see
+        docs/numa.md. Layers with equal values share one engine.
     weight_path: what load_weights reads: a folder of safetensors files, a GGUF file or a folder of them, or a folder
         made by `ktmoe quantize`.
     chunked_prefill_size: tokens that are processed at a time; bounds the working memory.
@@ -48,11 +49,12 @@ class KTMoEWrapper(BaseMoEWrapper):
         by lora_alpha / lora_rank; max_cache_depth forwards may wait for their backward.
     lora_dropout (0 <= p < 1), use_rslora (scaled by lora_alpha / sqrt(lora_rank)), full_weight_grad (also gradients of
         the expert weights; AMXBF16_SFT only): see `AMXSFTMoEWrapper`; only with mode="sft".
-    gpu_experts_mask: bool [num_experts], which experts are on the GPU; wins over num_gpu_experts.
+    gpu_experts_mask: bool [num_experts], which experts are on the GPU; wins over num_gpu_experts. A contiguous CPU
+        tensor is shared: changes in place count from the next forward on (see `BaseMoEWrapper`).
     group_size, zero_point: how RAWINT4 and AMXINT4_KGroup_SFT quantise bf16 tensors: 32, 64 or 128 weights to a scale,
         and whether such a group also gets a zero point (asymmetric). Files bring their own.
     gguf_type: "Q4_K", "Q8_0" or "Q4_0", what LLAMAFILE and LLAMAFILE_SFT make of bf16 tensors.
-    numa_nodes: the NUMA node of each sub-pool.
+    numa_nodes: the NUMA node of each sub-pool; None: 0, 1, ...
     activation: what an expert does with g = gate(x) and u = up(x) before its down projection.
         "silu": h = g * sigmoid(g) * u. swiglu_limit > 0 clamps first: g <= limit, -limit <= u <= limit.
         swiglu_alpha > 0 makes it h = g * sigmoid(alpha * g) * (u + 1), with a limit or without (GPT-OSS, MiniMax-M3).

@@ -105,12 +105,13 @@ def test_short_call() -> None:
     assert wrapper.cpu_infer.pool.threads >= 1
 
 
-def test_the_mask_wins_and_is_copied() -> None:
+def test_the_mask_wins_and_is_shared() -> None:
     mask = torch.tensor([False, False, True, False, False])
     wrapper = ref.make(SHAPE, "BF16", num_gpu_experts=4, gpu_experts_mask=mask)
     assert wrapper.num_gpu_experts == 1
     mask.fill_(True)
-    assert wrapper.gpu_experts_mask.tolist() == [False, False, True, False, False]
+    assert wrapper.gpu_experts_mask.tolist() == [True] * 5
+    assert wrapper.num_gpu_experts == 5
 
 
 def test_capture_batch_sizes() -> None:

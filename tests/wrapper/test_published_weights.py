@@ -29,6 +29,9 @@ class FakeLayer:
         self.n_experts = n_experts
         self.experts = {}
 
+    def share_gpu_mask(self, mask) -> None:
+        assert len(mask) == self.n_experts
+
     def load_expert(self, expert, *tensors) -> None:
         parts = [(from_dlpack(t).clone(),) for t in tensors]
         self.experts[expert] = [PublishedMatrix("bf16", p, s) for p, s in zip(parts, self.shapes, strict=True)]

@@ -1,7 +1,6 @@
 """The engine: planning threads, sharing, warnings."""
 
 import logging
-import os
 
 import pytest
 import torch
@@ -46,7 +45,8 @@ def test_more_subpools_than_nodes_is_one_warning_and_works(caplog) -> None:
 def plan(monkeypatch, cpus, nodes, *arguments):
     monkeypatch.setattr(runtime, "usable_cpus", lambda: frozenset(range(cpus)))
     monkeypatch.setattr(runtime, "physical_cores", lambda cpus: max(1, len(cpus) // 2))
-    monkeypatch.setattr(runtime, "numa_nodes", lambda cpus: nodes)
+    own = {n: frozenset(range(cpus * i // len(nodes), cpus * (i + 1) // len(nodes))) for i, n in enumerate(nodes)}
+    monkeypatch.setattr(runtime, "node_cpus", lambda cpus: own)
     config = WorkerPoolConfig.plan(*arguments)
     return config.subpool_numa_map, config.subpool_thread_count
 
@@ -60,6 +60,12 @@ def plan(monkeypatch, cpus, nodes, *arguments):
         (64, (2, 5), (4, 2), ((2, 5), (2, 2))),
         (64, (0, 1), (4, 2, [1, 1]), ((1, 1), (2, 2))),
         (64, (0, 1), (4, 2, [1, 9]), ((1, 1), (2, 2))),
+        (64, (0, 1), (None, None, [1]), ((1,), (16,))),  # one node: its own cores
+        (64, (0, 1), (None, 1), ((0,), (16,))),
+        (64, (0, 1), (None, 2, [1, 1]), ((1, 1), (8, 8))),
+        (64, (0, 1), (60, 1), ((0,), (60,))),  # more than a node has, and no node named: all nodes
+        (64, (0, 1), (60, 1, [0]), ((0,), (32,))),
+        (64, (0, 1), (60, 3), ((0, 1, 0), (16, 20, 16))),
         (2, (0,), (60, 4), ((0, 0, 0, 0), (1, 1, 1, 1))),
         (2, (0,), (60, 1), ((0,), (2,))),
         (1, (0,), (None, None), ((0,), (1,))),
@@ -74,24 +80,6 @@ def test_too_many_threads_are_cut_with_a_warning(monkeypatch, caplog) -> None:
         assert plan(monkeypatch, 4, (0,), 60, 1) == ((0,), (4,))
         assert plan(monkeypatch, 4, (0,), 60, 1) == ((0,), (4,))
     assert caplog.text.count("cpuinfer_threads=60") == 1
-
-
-def test_this_machine() -> None:
-    cpus = runtime.usable_cpus()
-    assert cpus == os.sched_getaffinity(0)
-    assert 1 <= runtime.physical_cores(cpus) <= len(cpus)
-    assert runtime.numa_nodes(cpus)
-    assert runtime.numa_nodes(frozenset()) == (0,)
-    assert runtime.physical_cores(frozenset({10**6})) == 1
-
-
-def test_cpu_lists(tmp_path) -> None:
-    path = tmp_path / "list"
-    path.write_text("0-3,8,10-11\n")
-    assert runtime._cpu_list(str(path)) == [0, 1, 2, 3, 8, 10, 11]
-    path.write_text("\n")
-    assert runtime._cpu_list(str(path)) == []
-    assert runtime._cpu_list(str(tmp_path / "absent")) == []
 
 
 @pytest.mark.parametrize(
