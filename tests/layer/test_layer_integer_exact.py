@@ -14,16 +14,22 @@ from oracle.registry import BLOCK_ROWS, ISAS, LAYER_SCALED, each_isa
 SHAPES = [Shape(3, 2, 100, 70), Shape(8, 3, 33, 17), Shape(2, 1, 40, 290), Shape(4, 4, 64, 32)]
 
 
-def gemm(fmt: str, packed: np.ndarray, panels: int, rows: np.ndarray) -> np.ndarray:
-    """bf16 bits [m, k] -> fp32 [m, panel columns]: (int32 sum * row scale) * column scale."""
+def gemm(fmt: str, packed: np.ndarray, panels: int, rows: np.ndarray, used: slice = slice(None)) -> np.ndarray:
+    """bf16 bits [m, k] -> fp32 [m, panel columns]: (int32 sum * row scale) * column scale. used: only these k."""
     elements, scale = (int4.unpack if fmt == "int4" else partial(layout.unpack, fmt))(packed, panels, rows.shape[1])
+    elements, rows = elements[:, used], rows[:, used]
     q, row_scale = int8_quantize_rows(bf16.widen(rows))
     sums = q.astype(np.int64) @ elements.astype(np.int64).T
     return sums.astype(np.int32).astype(np.float32) * row_scale[:, None] * scale
 
 
-def exact_layer(shape: Shape, fmt: str, x: Inputs) -> torch.Tensor:
-    """One token at a time; SwiGLU by the portable kernel, which its own tests hold to float64."""
+def exact_layer(layer: Layer, x: Inputs) -> torch.Tensor:
+    """One token at a time; SwiGLU by the portable kernel, which its own tests hold to float64.
+
+    Each part quantises its columns of h and adds up its slots; the parts are then added in order.
+    """
+    shape, fmt = layer.shape, layer.fmt
+    slices = [slice(first, first + n) for first, n in layer.engine.parts]
     portable = Kernels("portable", fmt)
     gate_up_panels, down_panels = layout.n_panels(shape.inter, True), layout.n_panels(shape.hidden, False)
     # The bytes are what the tests of the formats hold to NumPy.
@@ -31,27 +37,29 @@ def exact_layer(shape: Shape, fmt: str, x: Inputs) -> torch.Tensor:
     weights = [(portable.pack(gate, up), portable.pack(down)) for gate, up, down in bits]
     out = np.zeros((x.tokens, shape.hidden), np.uint16)
     for t in range(x.tokens):
-        total = np.zeros(shape.hidden, np.float32)
+        totals = np.zeros((len(slices), shape.hidden), np.float32)
         for slot in range(shape.top_k):
             e = int(x.ids[t, slot])
             if not 0 <= e < shape.experts:
                 continue
             c = gemm(fmt, weights[e][0], gate_up_panels, bf16.bits_of(x.hidden[t : t + 1]))
             h, _ = portable.activate(c.reshape(gate_up_panels, 1, 32))
-            y = gemm(fmt, weights[e][1], down_panels, h[:, : shape.inter])
-            total = total + np.float32(x.weights[t, slot]) * y[0, : shape.hidden]
-        out[t] = bf16.narrow(total)
+            for total, own in zip(totals, slices, strict=True):
+                y = gemm(fmt, weights[e][1], down_panels, h[:, : shape.inter], own)
+                total += np.float32(x.weights[t, slot]) * y[0, : shape.hidden]
+        out[t] = bf16.narrow(sum(totals[1:], totals[0]))
     return bf16.tensor(out)
 
 
 @each_isa
 @pytest.mark.parametrize("fmt", LAYER_SCALED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_bit_of_the_layer(isa: str, fmt: str, shape: Shape) -> None:
-    layer = Layer(shape, fmt, isa)
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_every_bit_of_the_layer(isa: str, fmt: str, shape: Shape, parts: int) -> None:
+    layer = Layer(shape, fmt, isa, parts=parts)
     for kind, tokens in (("uniform", 1), ("mixed", 40), ("duplicates", 5)):
         x = make_inputs(shape, tokens, kind, seed=tokens)
-        assert_same(layer.forward(x), exact_layer(shape, fmt, x), f"{shape} {kind} tokens={tokens}")
+        assert_same(layer.forward(x), exact_layer(layer, x), f"{shape} {kind} tokens={tokens}")
 
 
 @each_isa
