@@ -33,6 +33,7 @@ class PackedWeights:
     config: MoEConfig
     method: str
     layer: _ext.MoeLayer
+    _cpu_experts: list[int]
 
     if TYPE_CHECKING:  # of BaseMoEWrapper
 
