@@ -40,7 +40,7 @@ format: build
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(find csrc bench -name '*.h' -o -name '*.cc')
 
-bench: build  ## about half an hour; make bench ARGS=--quick, or ARGS="--cells S1:1,S1:64 --methods BF16"
+bench: build  ## about half an hour; make bench ARGS=--quick, or ARGS="--cells S1:1,S1:64 --methods BF16", or ARGS=engine
 	$(PY) -m bench $(ARGS)
 
 clean:

@@ -4,16 +4,18 @@
     python -m bench --quick                           a look at S1
     python -m bench --cells S1:1,S1:64 --methods BF16 --peers torch:bf16
     python -m bench --mode sft --tokens 256
+    python -m bench engine                            the engine under load instead: see bench/engine.py
     python -m bench --python kt=VENV/bin/python --python llamacpp=VENV/bin/python
 
 floor = max(operations / peak, bytes of the touched experts / DRAM read bandwidth), both measured in the same run. In
 training, forward and backward have a floor each. Errors are relative L2 against float64 on the original bf16 weights.
-Writes bench.json and roofline.png to --out.
+Writes bench.json and roofline.png to --out; engine.json with `engine`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import time
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 
 import ktmoe
-from bench import arguments, cells, costs, limits, report
+from bench import arguments, cells, costs, engine, engine_report, limits, report
 from bench.arguments import Arguments, Plan
 from bench.floors import better_of
 from bench.problem import LORA_RANK, SHAPES, Shape
@@ -77,9 +79,38 @@ def run_overhead(args: Arguments, plan: Plan, pace: Pace) -> Iterator[Outcome]:
     yield outcome
 
 
-def results(args: Arguments, started: float) -> dict[str, Any]:
-    options = args.options
-    pace = Pace(options.threads, options.rounds, options.seconds, options.max_call)
+def head(args: Arguments, pace: Pace, started: float, modes: list[str]) -> dict[str, Any]:
+    """What every file of results says of its run."""
+    return {
+        "version": 2,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+        "seconds": time.time() - started,
+        "modes": modes,
+        "machine": {
+            "cpu": _ext.cpu_report()["model"],
+            "isa": _ext.active_isa(),
+            "threads": args.options.threads,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "ktmoe": ktmoe.__version__,
+        },
+        "pace": asdict(pace),
+    }
+
+
+def engine_results(args: Arguments, pace: Pace, started: float) -> dict[str, Any]:
+    load = os.getloadavg()[0]
+    outcomes = list(engine.measure(args, pace))
+    return {
+        **head(args, pace, started, ["engine"]),
+        "load_before": load,
+        "shapes": [{"mode": o.mode, **asdict(o.shape)} for o in outcomes],
+        "engine": [row for o in outcomes for row in o.engine],
+        "left_out": [row for o in outcomes for row in o.left_out],
+    }
+
+
+def results(args: Arguments, pace: Pace, started: float) -> dict[str, Any]:
     say("measuring the limits of this machine")
     before = measure_limits(args)
     outcomes: list[Outcome] = []
@@ -90,19 +121,7 @@ def results(args: Arguments, started: float) -> dict[str, Any]:
     after = measure_limits(args) if before else []
     best = better_of(before, after)
     return {
-        "version": 2,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
-        "seconds": time.time() - started,
-        "modes": [plan.mode for plan in args.plans],
-        "machine": {
-            "cpu": _ext.cpu_report()["model"],
-            "isa": _ext.active_isa(),
-            "threads": options.threads,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "ktmoe": ktmoe.__version__,
-        },
-        "pace": asdict(pace),
+        **head(args, pace, started, [plan.mode for plan in args.plans]),
         "limits": {
             "before": [asdict(x) for x in before],
             "after": [asdict(x) for x in after],
@@ -118,9 +137,18 @@ def results(args: Arguments, started: float) -> dict[str, Any]:
     }
 
 
-def print_tables(data: dict[str, Any]) -> None:
+def print_machine(data: dict[str, Any]) -> None:
     machine = data["machine"]
     print(f"{machine['cpu']}, {machine['threads']} threads, ISA level {machine['isa']}, {data['seconds']:.0f} s\n")
+
+
+def print_left_out(data: dict[str, Any]) -> None:
+    for gone in data["left_out"]:
+        print(f"left out: {gone['mode']} {gone['shape']} {gone['impl']} {gone['tokens'] or ''} {gone['why']}")
+
+
+def print_tables(data: dict[str, Any]) -> None:
+    print_machine(data)
     before, after = ([limits.Limit(**x) for x in data["limits"][key]] for key in ("before", "after"))
     if before:
         print(report.limit_table(before, after, data["limits"]["drift"]))
@@ -129,8 +157,7 @@ def print_tables(data: dict[str, Any]) -> None:
             print(f"The limits moved by up to {100 * moved:.0f} %: the machine was busy, so trust ratios at most.")
     for shape in data["shapes"]:
         print_shape(data, **shape)
-    for gone in data["left_out"]:
-        print(f"left out: {gone['mode']} {gone['shape']} {gone['impl']} {gone['tokens'] or ''} {gone['why']}")
+    print_left_out(data)
 
 
 def print_shape(data: dict[str, Any], mode: str, **shape: Any) -> None:
@@ -151,12 +178,27 @@ def print_shape(data: dict[str, Any], mode: str, **shape: Any) -> None:
         print("nothing was measured")
 
 
+def main_engine(args: Arguments, pace: Pace) -> int:
+    data = engine_results(args, pace, time.time())
+    print_machine(data)
+    print(f"load average before: {data['load_before']:.1f} on {os.cpu_count()} CPUs")
+    print(engine_report.tables(data["engine"]))
+    print_left_out(data)
+    path = args.options.out / "engine.json"
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    print(f"\nwritten: {path}")
+    return 0 if data["engine"] else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     args = arguments.parse(__doc__ or "", argv)
-    data = results(args, time.time())
-    print_tables(data)
-    out = args.options.out
+    options, out = args.options, args.options.out
+    pace = Pace(options.threads, options.rounds, options.seconds, options.max_call)
     out.mkdir(parents=True, exist_ok=True)
+    if options.part == "engine":
+        return main_engine(args, pace)
+    data = results(args, pace, time.time())
+    print_tables(data)
     (out / "bench.json").write_text(json.dumps(data, indent=1) + "\n")
     kept = [out / "bench.json"]
     with_floor = [row for row in data["cells"] if row["floor"]]

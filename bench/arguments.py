@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from bench import cells, peers
+from bench import cells, impls, peers
 from bench.cells import Cell
 from bench.peers import Launch
 from bench.problem import SHAPES
 from ktmoe.methods import METHODS, MODES, methods_of
 
 QUICK = {"shape": "S1", "seconds": 0.5, "rounds": 2, "peers": "torch:bf16"}
+ENGINE = {"shape": "S1", "tokens": "1", "methods": "BF16", "seconds": 1.0, "rounds": 4, "peers": "auto"}
 NORMAL = {"shape": ",".join(cells.DEFAULT_SHAPES), "seconds": 1.0, "rounds": 3, "peers": "auto"}
 
 
@@ -38,12 +39,14 @@ def parse(description: str, argv: list[str] | None = None) -> Arguments:
     """Exits with a message, as argparse does, for options that make no sense."""
     parser = _parser(description)
     options = parser.parse_args(argv)
-    for name, value in (NORMAL | (QUICK if options.quick else {})).items():
+    engine = options.part == "engine"
+    for name, value in (ENGINE if engine else NORMAL | (QUICK if options.quick else {})).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     try:
         found = peers.launches(dict(p.split("=", 1) for p in options.python))
-        return Arguments(options, [_plan(mode, options, found) for mode in _modes(options)], found)
+        plans = [_plan(mode, options, found) for mode in _modes(options)]
+        return Arguments(options, [_engine_plan(plan, options) for plan in plans] if engine else plans, found)
     except ValueError as e:
         parser.error(str(e))
 
@@ -53,6 +56,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "bench", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("part", nargs="?", choices=("layers", "engine"), default="layers", help="what is measured (default: layers)")
     add("--mode", choices=MODES, help="default: inference, then sft (LoRA fine-tuning); or those of --methods")
     add("--shape", help=f"of {', '.join(SHAPES)}, separated by commas (default: S1,S2)")
     add("--tokens", help="separated by commas")
@@ -85,6 +89,18 @@ def _plan(mode: str, options: argparse.Namespace, found: dict[str, Launch]) -> P
         methods = [m for m in options.methods.split(",") if options.mode or _mode_of(m) == mode]
     ours = [f"ktmoe:{m}" for m in methods]
     return Plan(mode, [Cell.parse(text) for text in texts], ours, peers.choose(options.peers, mode, found))
+
+
+def _engine_plan(plan: Plan, options: argparse.Namespace) -> Plan:
+    """ValueError for what has no queue."""
+    if plan.mode != "inference":
+        raise ValueError(f"engine: got mode {plan.mode}, expected inference")
+    queueing = [p for p in plan.peers if impls.family_of(p) == "kt"]
+    if options.peers == "auto":
+        queueing = queueing[:1]  # kt:BF16
+    elif queueing != plan.peers:
+        raise ValueError(f"--peers: got {options.peers!r}, expected variants of kt: no other peer has a queue")
+    return replace(plan, peers=queueing)
 
 
 def _modes(options: argparse.Namespace) -> list[str]:

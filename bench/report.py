@@ -50,10 +50,10 @@ def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
-def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Columns as wide as needed; the first to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    left = {"implementation", "fastest peer as accurate", "bound", "test", "pass"}
+    left = {"implementation", "fastest peer as accurate", "bound", "test", "pass", "shape", "call", "OpenMP waits"}
 
     def text(line: Sequence[str]) -> str:
         cells = (c.ljust(w) if h in left else c.rjust(w) for h, c, w in zip(header, line, widths, strict=True))
@@ -78,7 +78,7 @@ def cell_table(rows: Sequence[dict[str, Any]]) -> str:
         peer = [f"{row['fair_peer_ratio']:.2f}x", row["fair_peer"]] if row["fair_peer"] else ["-", "-"]
         errors = [f"{row['error']:.1e}", *([_error(row["lora_error"])] if sft else [])]
         lines.append([str(row["tokens"]), name, *times, *bounds, *errors, *peer])
-    return _aligned(header, lines)
+    return aligned(header, lines)
 
 
 def limit_table(before: Sequence[Limit], after: Sequence[Limit], drift: dict[str, float]) -> str:
@@ -88,13 +88,13 @@ def limit_table(before: Sequence[Limit], after: Sequence[Limit], drift: dict[str
          f"{100 * drift[limit.name]:+.0f} %"]
         for limit in before
     ]  # fmt: skip
-    return _aligned(("test", "kind", "before", "after", "unit", "drift"), lines)
+    return aligned(("test", "kind", "before", "after", "unit", "drift"), lines)
 
 
 def overhead_table(rows: Sequence[dict[str, Any]]) -> str:
     keys = ("us", "p10", "p90", "after_idle_us")
     lines = [[row["impl"], *(f"{row[key]:.1f}" for key in keys)] for row in rows]
-    return _aligned(("implementation", "us a call", "p10", "p90", "after 80 ms idle"), lines)
+    return aligned(("implementation", "us a call", "p10", "p90", "after 80 ms idle"), lines)
 
 
 def wrapper_table(costs: Sequence[dict[str, Any]]) -> str:
@@ -103,7 +103,7 @@ def wrapper_table(costs: Sequence[dict[str, Any]]) -> str:
         us = [1e6 * s for s in (cost["wrapper"], cost["direct"], cost["wrapper"] - cost["direct"])]
         name = cost["impl"] + (f" {cost['pass']}" if cost["pass"] != "forward" else "")
         lines.append([str(cost["tokens"]), name, *(f"{u:.1f}" for u in us), f"{cost['percent']:+.1f} %"])
-    return _aligned(("tokens", "implementation", "wrapper us", "extension us", "cost us", "cost"), lines)
+    return aligned(("tokens", "implementation", "wrapper us", "extension us", "cost us", "cost"), lines)
 
 
 def memory_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -115,4 +115,4 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> str:
         known = [f"{packed:.0f}", f"{held / packed:.3f}", f"{peak - packed:.0f}"] if packed else ["-"] * 3
         numbers = [known[0], f"{held:.0f}", known[1], f"{lora:.0f}", f"{peak:.0f}", known[2]]
         lines.append([str(row["tokens"]), row["impl"], *numbers])
-    return _aligned(header, lines)
+    return aligned(header, lines)

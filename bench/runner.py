@@ -95,7 +95,7 @@ class Outcome:
     """Of one shape: what was loaded, the samples in seconds by (implementation, tokens, pass), what was left out."""
 
     mode: str
-    """"inference" or "sft"."""
+    """"inference" or "sft"; "engine": `bench.engine`."""
     shape: Shape
     loaded: dict[str, dict[str, Any]] = field(default_factory=dict)
     samples: dict[tuple[str, int, str], list[float]] = field(default_factory=dict)
@@ -103,6 +103,7 @@ class Outcome:
     overhead: list[dict[str, Any]] = field(default_factory=list)
     wrapper: list[dict[str, Any]] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
+    engine: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def sft(self) -> bool:

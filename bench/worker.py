@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 import torch  # noqa: E402
 
-from bench import impls, memory  # noqa: E402
+from bench import impls, memory, probes  # noqa: E402
 from bench.problem import CHECK_SEED, CHECK_TOKENS, Problem, Shape, batch_seeds, relative_error  # noqa: E402
 
 
@@ -118,6 +119,11 @@ class Session:
                 _, batch = self._next(tokens)
                 times[name].append(self._timed(contestants[name], 0, batch))
         return {name: [statistics.median(p) for p in zip(*rows[4:], strict=True)] for name, rows in times.items()}
+
+    def probe(self, what: str, tokens: int, **arguments: Any) -> dict[str, Any]:
+        """One measurement of `bench.probes`."""
+        found: dict[str, Any] = getattr(probes, what)(self.impl, partial(self._next, tokens), **arguments)
+        return found
 
     def memory(self, name: str, folder: str, shape: dict[str, Any], tokens: int, **options: Any) -> dict[str, int]:
         """Bytes that this process, which must be fresh, gains: by loading, by LoRA, and at most in a training step."""

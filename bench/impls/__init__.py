@@ -24,6 +24,22 @@ class Implementation(Protocol):
     def forward(self, layer: int, x: Tensor, ids: Tensor, mix: Tensor) -> Tensor: ...
 
 
+class Queueing(Implementation, Protocol):
+    """With a queue of its own."""
+
+    def submit(self, layer: int, x: Tensor, ids: Tensor, mix: Tensor) -> None: ...
+
+    def sync(self, layer: int) -> Tensor:
+        """The result of the one forward that was submitted."""
+        ...
+
+
+class Deferring(Queueing, Protocol):
+    def defer(self, count: int) -> None:
+        """From now on so many experts of a token may run behind the others. 0: none."""
+        ...
+
+
 class Trainable(Implementation, Protocol):
     """In sft mode."""
 

@@ -42,6 +42,17 @@ class Ktmoe:
             return wrapper.forward_sft(x, ids, mix, save_for_backward=True)
         return wrapper.forward(x, ids, mix)
 
+    def submit(self, layer: int, x: Tensor, ids: Tensor, mix: Tensor) -> None:
+        self.wrappers[layer].submit_forward(x, ids, mix)
+
+    def sync(self, layer: int) -> Tensor:
+        return self.wrappers[layer].sync_forward()
+
+    def defer(self, count: int) -> None:
+        """Needs max_deferred_experts_per_token in the variant."""
+        for wrapper in self.wrappers:
+            wrapper.max_deferred_experts_per_token = count
+
     def set_lora(self, lora: list[Tensor]) -> None:
         self.lora = lora
         for wrapper in self.wrappers:
