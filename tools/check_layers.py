@@ -19,6 +19,7 @@ CPP = {
 }
 # Python: a module of a level may import lower levels and its own.
 LEVELS = [
+    {"control_group"},
     {"errors", "cache", "cpu_share", "large", "memory"},
     {"config", "methods", "placement", "topology"},
     {"streams"},

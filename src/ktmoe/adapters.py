@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 
 from torch import Tensor
 
+from .config import SFTConfig
 from .lora import LoraMirror, LoraTensors, PackedLora
 from .runtime import reset_after_fork
 
@@ -79,8 +79,5 @@ def _lora_tensors(tensors: tuple[Tensor | None, ...], lora_alpha: float, use_rsl
     if not isinstance(up_a, Tensor) or up_a.dim() != 3 or not up_a.shape[1]:
         got = tuple(up_a.shape) if isinstance(up_a, Tensor) else type(up_a).__name__
         raise ValueError(f"up_lora_a: got {got}, expected a tensor [num_experts, rank, hidden]")
-    if isinstance(lora_alpha, bool) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha: got {lora_alpha!r}, expected a finite number")
-    rank = up_a.shape[1]
-    scaling = float(lora_alpha) / (math.sqrt(rank) if use_rslora else rank)
-    return LoraTensors._make((*tensors, scaling, rank, ""))
+    own = SFTConfig(up_a.shape[1], lora_alpha, use_rslora=use_rslora)
+    return LoraTensors._make((*tensors, own.scaling, own.lora_rank, ""))

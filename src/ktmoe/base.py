@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _ext, large
+from .base_weights import BIAS_NAMES
 from .capsule import rows_in_one_piece, to_dlpack
 from .config import MoEConfig
 from .errors import WeightFileError, not_available, weights_not_loaded
@@ -31,7 +32,6 @@ if TYPE_CHECKING:  # what reads files is imported when something is loaded: `imp
 _BF16, _F32, _I64, _I32 = torch.bfloat16, torch.float32, torch.int64, torch.int32
 _ID_DTYPES = (_I64, _I32)
 _WEIGHT_DTYPES = (_F32, _BF16)
-_BIASES = ("gate_bias", "up_bias", "down_bias")
 _empty_like = torch.empty_like
 _CONTIGUOUS = torch.contiguous_format
 _FEW_TOKENS = 64  # whose output is never large: no need to ask
@@ -230,7 +230,7 @@ class BaseMoEWrapper(PackedWeights):
         tensors = (gate, up, down, gate_bias, up_bias, down_bias)
         self._check_weights((n,), tensors)
         slots = self._slots(physical_to_logical_map, n, "gate, up, down")
-        biases = {name: t for name, t in zip(_BIASES, tensors[3:], strict=True) if t is not None}
+        biases = {name: t for name, t in zip(BIAS_NAMES, tensors[3:], strict=True) if t is not None}
 
         def read(expert: int) -> PublishedExpert:
             own_gate = None if gate is None else gate[expert]
@@ -292,7 +292,7 @@ class BaseMoEWrapper(PackedWeights):
 
         tensors = (gate, up, down, gate_bias, up_bias, down_bias)
         self._check_weights((), tensors)
-        biases = {name: t for name, t in zip(_BIASES, tensors[3:], strict=True) if t is not None}
+        biases = {name: t for name, t in zip(BIAS_NAMES, tensors[3:], strict=True) if t is not None}
         self.put_expert(expert, plain_expert(gate, up, down, **biases))
 
     def put_expert(self, expert: int, weights: PublishedExpert) -> None:
@@ -347,7 +347,7 @@ class BaseMoEWrapper(PackedWeights):
         """tensors: the three matrices and their biases, of as many experts as `lead` says."""
         h, i = self.hidden_size, self.moe_intermediate_size
         shapes = ((i, h), (i, h), (h, i), (i,), (i,), (h,))
-        for name, tensor, shape in zip(("gate", "up", "down", *_BIASES), tensors, shapes, strict=True):
+        for name, tensor, shape in zip(("gate", "up", "down", *BIAS_NAMES), tensors, shapes, strict=True):
             is_bias = len(shape) == 1
             if name.startswith("gate") and not self.gated:
                 if tensor is not None:

@@ -7,58 +7,43 @@ stopped together for most of each period. Ranks of one machine (torchrun) share 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .control_group import read, unified, upwards
 
-def cgroup_cpus(root: str = "/") -> float | None:
+
+def cgroup_cpus(root: Path = Path("/")) -> float | None:
     """CPUs that the tightest control group above this process pays for; None without a limit.
 
     root: where proc and sys are. Reads cgroup v2 (cpu.max) and v1 (cpu.cfs_quota_us, cpu.cfs_period_us).
     """
-    base = Path(root)
-    limits = []
-    for line in _lines(base / "proc/self/cgroup"):
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if not controllers:
-            limits += [_quota_v2(folder) for folder in _upwards(base / "sys/fs/cgroup", path)]
-        elif "cpu" in controllers.split(","):
-            for mount in (controllers, "cpu"):
-                limits += [_quota_v1(folder) for folder in _upwards(base / "sys/fs/cgroup" / mount, path)]
+    limits = [_cpus(read(folder / "cpu.max").split()) for folder in unified(root)]
+    for folder in _legacy(root):
+        limits.append(_cpus([read(folder / "cpu.cfs_quota_us"), read(folder / "cpu.cfs_period_us")]))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _upwards(mount: Path, path: str) -> list[Path]:
-    """The group's folder and those above it, up to the mount. A container may see only the top."""
-    parts = [p for p in path.split("/") if p not in ("", "..")]
-    return [mount.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)]
+def _legacy(root: Path) -> Iterator[Path]:
+    """cgroup v1: the folders of this process's group of the controller cpu, however it is mounted."""
+    controllers, path = "cpu", "/"
+    for line in read(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        names, _, own = rest.partition(":")
+        if "cpu" in names.split(","):
+            controllers, path = names, own
+    for mount in {controllers, "cpu"}:
+        yield from upwards(root / "sys/fs/cgroup" / mount, path)
 
 
-def _quota_v2(folder: Path) -> float | None:
-    words = " ".join(_lines(folder / "cpu.max")).split()
-    return _ratio(*words) if len(words) == 2 else None
-
-
-def _quota_v1(folder: Path) -> float | None:
-    quota, period = _lines(folder / "cpu.cfs_quota_us"), _lines(folder / "cpu.cfs_period_us")
-    return _ratio(quota[0], period[0]) if quota and period else None
-
-
-def _ratio(quota: str, period: str) -> float | None:
+def _cpus(quota_and_period: list[str]) -> float | None:
     """Microseconds of CPU for each period; "max" and -1 mean no limit."""
     try:
-        cpus = int(quota) / int(period)
+        quota, period = map(int, quota_and_period)
+        cpus = quota / period
     except (ValueError, ZeroDivisionError):
         return None
     return cpus if cpus > 0 else None
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def local_rank() -> tuple[int, int]:
@@ -70,7 +55,7 @@ def local_rank() -> tuple[int, int]:
     return (rank, count) if 0 <= rank < count else (0, 1)
 
 
-def default_threads(cores: int, root: str = "/") -> int:
+def default_threads(cores: int, root: Path = Path("/")) -> int:
     """Threads for a process that may use `cores` physical cores: within its quota, its share among the local ranks."""
     rank, ranks = local_rank()
     share = cores // ranks + (rank < cores % ranks)

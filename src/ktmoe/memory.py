@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from .control_group import read, unified
+
 _GIB = 2**30
 
 
@@ -22,7 +24,7 @@ def check_memory(need: int, what: str) -> None:
 
 
 def _machine(root: Path) -> Iterator[tuple[int, str]]:
-    fields = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
+    fields = dict(line.split(":", 1) for line in read(root / "proc/meminfo").splitlines() if ":" in line)
     try:
         free, swap = (1024 * int(fields[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
     except (KeyError, ValueError, IndexError):
@@ -32,30 +34,19 @@ def _machine(root: Path) -> Iterator[tuple[int, str]]:
 
 def _control_groups(root: Path) -> Iterator[tuple[int, str]]:
     """cgroup v2 (this group and its parents; in a container the root is this group), then v1."""
-    base = root / "sys/fs/cgroup"
-    own = next((line[3:] for line in _read(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
-    parts = [part for part in own.split("/") if part not in ("", "..")]
-    for depth in range(len(parts), -1, -1):
-        folder = base.joinpath(*parts[:depth])
+    for folder in unified(root):
         yield from _limit(folder / "memory.max", folder / "memory.current", folder / "memory.stat", "inactive_file")
-    v1 = base / "memory"
+    v1 = root / "sys/fs/cgroup/memory"
     yield from _limit(
         v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes", v1 / "memory.stat", "total_inactive_file"
     )
 
 
 def _limit(limit: Path, used: Path, stat: Path, reclaimable: str) -> Iterator[tuple[int, str]]:
-    top, now = _read(limit), _read(used)
+    top, now = read(limit), read(used)
     if not (top.isdigit() and now.isdigit()):  # "max", or no such group
         return
     # File pages count as used but are given back on demand.
-    fields = dict(line.split(" ", 1) for line in _read(stat).splitlines() if " " in line)
+    fields = dict(line.split(" ", 1) for line in read(stat).splitlines() if " " in line)
     cache = fields.get(reclaimable, "0")
     yield max(0, int(top) - int(now) + (int(cache) if cache.isdigit() else 0)), f"limit of the control group, {limit}"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

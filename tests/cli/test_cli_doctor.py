@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from ktmoe.cli import checks
 from ktmoe.cli.__main__ import app
+from ktmoe.cpu_share import cgroup_cpus
 from ktmoe.methods import METHODS
 
 DOCTOR = "from ktmoe.cli.__main__ import main; import sys; sys.argv = ['ktmoe', 'doctor', '--json']; main()"
@@ -75,9 +76,10 @@ def test_lowered_and_unknown_isa() -> None:
 )
 def test_cpu_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    assert checks.cpu_quota(tmp_path) == quota
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert cgroup_cpus(tmp_path) == quota
 
 
 def test_a_check_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,22 +6,18 @@ import torch
 from oracle import dropout
 from oracle.bounds import relative
 from oracle.experts import ACTIVATIONS, LORA_NAMES, Dropout, lora_names
+from oracle.gradients import bound_of
 from oracle.layers import Layer, Shape, assert_same, grad_out, make_inputs, make_lora
-from oracle.published import PUBLISHED
-from oracle.registry import BLOCK_ROWS, LAYER_SCALED, each_isa, each_layer_format
+from oracle.registry import BLOCK_ROWS, each_isa, each_layer_format
 
 SHAPES = [Shape(4, 2, 64, 48), Shape(3, 2, 100, 290)]
 DROP = Dropout(0.3, 2**61 + 12345)
 
 
-def bound_of(fmt: str) -> float:
-    return 2e-2 if fmt in (*LAYER_SCALED, *PUBLISHED) else 1e-2
-
-
 def check(layer: Layer, tokens: int, drop: Dropout = DROP, rank: int = 6) -> None:
     """Output and every gradient against float64 autograd with the same masks."""
     lora = make_lora(layer.shape, rank, gated=layer.activation.gated)
-    x, dy, adapter = make_inputs(layer.shape, tokens, "mixed"), grad_out(tokens, layer.shape.hidden), None
+    x, dy = make_inputs(layer.shape, tokens, "mixed"), grad_out(tokens, layer.shape.hidden)
     adapter = layer.adapter(lora, 2.5)
     out, cache = layer.train(x, adapter, drop)
     assert_same(out, layer.forward(x, adapter, drop), "a forward that saves is the same forward")

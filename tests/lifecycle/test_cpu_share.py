@@ -7,12 +7,12 @@ import pytest
 from ktmoe import cpu_share
 
 
-def tree(root: Path, files: dict[str, str]) -> str:
+def tree(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
-    return str(root)
+    return root
 
 
 CGROUPS = {

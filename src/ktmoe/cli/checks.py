@@ -121,10 +121,12 @@ def _methods() -> Iterator[Row]:
 
 
 def _cores() -> Iterator[Row]:
+    from ktmoe.cpu_share import cgroup_cpus
+
     total, usable = os.cpu_count() or 1, len(os.sched_getaffinity(0))
     fix = "taskset or the container hides the others" if usable < total else ""
     yield Row("cores", f"{usable} of {total} logical CPUs usable", WARN if usable < total else OK, fix)
-    quota = cpu_quota()
+    quota = cgroup_cpus()
     if quota is None:
         yield Row("cpu quota", "none", OK)
     elif quota < usable:
@@ -132,16 +134,6 @@ def _cores() -> Iterator[Row]:
         yield Row("cpu quota", f"{quota:g} CPUs", WARN, f"set threads to {threads}: more would be stopped and wait")
     else:
         yield Row("cpu quota", f"{quota:g} CPUs", OK)
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """CPUs that the control group may use, or None without a limit (cgroup v2, then v1)."""
-    text = _read(root / "cpu.max").split()
-    if not text:
-        text = [_read(root / "cpu/cpu.cfs_quota_us"), _read(root / "cpu/cpu.cfs_period_us")]
-    if len(text) != 2 or text[0] in ("max", "", "-1") or not text[1]:
-        return None
-    return int(text[0]) / int(text[1])
 
 
 def _memory() -> Iterator[Row]:
