@@ -45,8 +45,8 @@ namespace {
 
 std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<SubPools> pool, int n_experts, int top_k, int hidden, int inter,
                                      const std::string& format, const std::string& isa, int chunk_tokens, std::optional<InArray> on_gpu,
-                                     const std::string& activation, float swiglu_limit, float swiglu_alpha,
-                                     const std::string& down_format) {
+                                     const std::string& activation, float swiglu_limit, float swiglu_alpha, const std::string& down_format,
+                                     bool check_finite) {
   const WeightFormat gate_up = format_from_name(format), down = down_format.empty() ? gate_up : format_from_name(down_format);
   MoeConfig config{n_experts,
                    top_k,
@@ -57,7 +57,8 @@ std::shared_ptr<MoeLayer> make_layer(std::shared_ptr<SubPools> pool, int n_exper
                    isa_from_name(isa),
                    chunk_tokens,
                    {},
-                   Activation::from_name(activation, swiglu_limit, swiglu_alpha)};
+                   Activation::from_name(activation, swiglu_limit, swiglu_alpha),
+                   check_finite};
   config.validate();
   if (on_gpu) {
     TensorArg<InArray> mask("MoeLayer", "on_gpu", *on_gpu);
@@ -272,7 +273,8 @@ void init_layer(nb::module_& m) {
   nb::class_<MoeLayer>(m, "MoeLayer")
       .def(nb::new_(&make_layer), nb::arg("pool"), nb::arg("n_experts"), nb::arg("top_k"), nb::arg("hidden"), nb::arg("inter"),
            nb::arg("format"), nb::arg("isa") = "", nb::arg("chunk_tokens") = 0, nb::arg("on_gpu").none() = nb::none(),
-           nb::arg("activation") = "silu", nb::arg("swiglu_limit") = 0.0f, nb::arg("swiglu_alpha") = 0.0f, nb::arg("down_format") = "")
+           nb::arg("activation") = "silu", nb::arg("swiglu_limit") = 0.0f, nb::arg("swiglu_alpha") = 0.0f, nb::arg("down_format") = "",
+           nb::arg("check_finite") = false)
       .def("load_expert", &load_expert, nb::arg("expert"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),
            nb::arg("gate_bias").none() = nb::none(), nb::arg("up_bias").none() = nb::none(), nb::arg("down_bias").none() = nb::none())
       .def("load_expert_raw", &load_expert_raw, nb::arg("expert"), nb::arg("gate").none(), nb::arg("up"), nb::arg("down"),

@@ -21,6 +21,7 @@ struct MoeConfig {
   int chunk_tokens;                  // most tokens of one pass; 0: only the bound on scratch counts
   std::vector<std::uint8_t> on_gpu;  // [n_experts], 1 = not computed here and no memory; or empty
   Activation activation = {};
+  bool check_finite = false;  // inputs that are not finite are errors
 
   bool gpu(int expert) const { return !on_gpu.empty() && on_gpu[static_cast<std::size_t>(expert)]; }
 

@@ -47,7 +47,7 @@ class MoeLayer {
   // Experts that the configuration had on the GPU have no memory here and can not come back.
   void share_gpu_mask(const std::uint8_t* mask) { gpu_mask_ = mask; }
 
-  // out: [n_tokens][hidden] dense. lora may be null. Throws before any work on bad routing.
+  // out: [n_tokens][hidden] dense. lora may be null. Throws before any work on bad routing, and on what config.check_finite refuses.
   void forward(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout = {}) const;
   ForwardCache forward_train(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout = {}) const;
   void backward(const ForwardCache& cache, Tokens grad_out, const LoraAdapter* lora, const Gradients& grads) const;
@@ -61,6 +61,7 @@ class MoeLayer {
   void check_biases(int expert, const Biases& biases) const;
   void check_expert(const char* function, int expert) const;
   void check_ready(const char* function, const LoraAdapter* lora) const;
+  void check_inputs(const char* function, Tokens hidden, const Routing& routing) const;
   RoutePlan plan_chunk(const Routing& routing, int block_rows) const;
   int tokens_per_pass() const;
   void forward_chunk(const ForwardPass& pass, ForwardCache::Chunk* kept, bf16* out) const;

@@ -2,6 +2,7 @@
 // so results do not depend on who was first.
 #include <algorithm>
 
+#include "moe/finite.h"
 #include "moe/layer.h"
 #include "moe/schedule.h"
 
@@ -83,6 +84,13 @@ void MoeLayer::check_ready(const char* function, const LoraAdapter* lora) const 
           lora->gated ? "with" : "without", " gate matrices, expected one ", lora->gated ? "without" : "with");
 }
 
+void MoeLayer::check_inputs(const char* function, Tokens hidden, const Routing& routing) const {
+  routing.check(config_);
+  if (!config_.check_finite) return;
+  check_finite(function, "hidden_states", hidden, routing.n_tokens, config_.hidden);
+  check_finite(function, routing, config_);
+}
+
 // The fp32 rows of a pass (one per token and slot, in each part) are its largest buffer; this bounds it.
 int MoeLayer::tokens_per_pass() const {
   constexpr std::size_t kRowBytes = std::size_t{384} << 20;
@@ -119,7 +127,7 @@ RoutePlan MoeLayer::plan_chunk(const Routing& routing, int block_rows) const {
 
 void MoeLayer::forward(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout) const {
   check_ready("forward", lora);
-  routing.check(config_);
+  check_inputs("forward", hidden, routing);
   const int step = tokens_per_pass(), block_rows = part(0).kernels().block_rows;
   for (int t = 0; t < routing.n_tokens; t += step) {
     const RoutePlan plan = plan_chunk(routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), block_rows);
@@ -130,7 +138,7 @@ void MoeLayer::forward(Tokens hidden, const Routing& routing, bf16* out, const L
 
 ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16* out, const LoraAdapter* lora, Dropout dropout) const {
   check_ready("forward_train", lora);
-  routing.check(config_);
+  check_inputs("forward_train", hidden, routing);
   ForwardCache cache;
   cache.layer = serial_;
   cache.n_tokens = routing.n_tokens;
@@ -161,6 +169,7 @@ void MoeLayer::backward(const ForwardCache& cache, Tokens grad_out, const LoraAd
   require(!lora || lora->version() == cache.lora_version, ErrorKind::runtime,
           "LoRA weights changed between forward and backward: [backward] ", "the adapter has version ", lora ? lora->version() : 0,
           ", the forward used ", cache.lora_version);
+  if (config_.check_finite) check_finite("backward", "grad_output", grad_out, cache.n_tokens, config_.hidden);
   const bool several = parts() > 1;
   int total_rows = 0;
   for (const auto& chunk : cache.chunks) total_rows += chunk.plan.rows();

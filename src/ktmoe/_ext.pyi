@@ -194,6 +194,7 @@ class MoeLayer:
         swiglu_limit: float = 0.0,  # silu only; 0: no clamp
         swiglu_alpha: float = 0.0,  # silu only; > 0: gate * sigmoid(alpha * gate) * (up + 1)
         down_format: str = "",  # "" = format
+        check_finite: bool = False,  # inputs that are not finite are a ValueError
     ) -> None: ...
     def load_expert(
         self,

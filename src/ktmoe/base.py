@@ -151,6 +151,7 @@ class BaseMoEWrapper(PackedWeights):
             config.swiglu_limit,
             config.swiglu_alpha,
             down_format,
+            config.check_finite,
         )
         layer.share_gpu_mask(config.gpu_experts_mask)
         return layer

@@ -82,6 +82,7 @@ class MoEConfig:
     zero_point: bool = False
     gguf_type: str = "Q4_K"
     activation: str = "silu"
+    check_finite: bool = False
 
     @property
     def gated(self) -> bool:
@@ -117,7 +118,7 @@ class MoEConfig:
             put("weight_path", os.fspath(self.weight_path))
         except TypeError:
             raise TypeError(f"weight_path: got {self.weight_path!r}, expected the path of a folder") from None
-        for name in ("cpu_save", "zero_point"):
+        for name in ("cpu_save", "zero_point", "check_finite"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a bool")
         self._check_activation(put)

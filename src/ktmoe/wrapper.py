@@ -60,6 +60,8 @@ class KTMoEWrapper(BaseMoEWrapper):
         swiglu_alpha > 0 makes it h = g * sigmoid(alpha * g) * (u + 1), with a limit or without (GPT-OSS, MiniMax-M3).
         "gelu_tanh": h = gelu(g, tanh approximation) * u.
         "relu2": h = max(u, 0)^2. These experts have no gate: gate is None wherever matrices or LoRA tensors are given.
+    check_finite: True makes a NaN or an infinity in hidden_states, in weights of routed entries, or in grad_output a
+        ValueError that says where it is, before any work; it reads them once more. False: the token's row becomes NaN.
 
     ValueError for an unknown mode, a method of the other mode, and a value out of range; TypeError for a wrong type;
     NotImplementedError for what is not built yet.
@@ -93,6 +95,7 @@ class KTMoEWrapper(BaseMoEWrapper):
         zero_point: bool = False,
         gguf_type: str = "Q4_K",
         activation: str = "silu",
+        check_finite: bool = False,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         full_weight_grad: bool = False,
@@ -119,6 +122,7 @@ class KTMoEWrapper(BaseMoEWrapper):
             zero_point=zero_point,
             gguf_type=gguf_type,
             activation=activation,
+            check_finite=check_finite,
         )
         if row.mode == "sft":
             sft = SFTConfig(lora_rank, lora_alpha, max_cache_depth, lora_dropout, use_rslora, full_weight_grad)

@@ -35,6 +35,17 @@ def test_nan_and_the_next_sync(device) -> None:
         assert torch.equal(out, wrapper.forward(*good))
 
 
+def test_inputs_that_are_not_finite(device) -> None:
+    wrapper = ref.loaded(SHAPE, "BF16", check_finite=True)
+    hidden, ids, weights = ref.batch(SHAPE, 4)
+    hidden[3, 1] = float("inf")
+    wrong = wrapper.forward(hidden, ids, weights, device.handle)
+    device.synchronize()
+    assert wrong.isnan().all()
+    with pytest.raises(ValueError, match="hidden_states: got inf at token 3, element 1"):
+        wrapper.cpu_infer.raise_stream_error()
+
+
 def test_the_first_of_several(device) -> None:
     wrapper = ref.loaded(SHAPE, "BF16")
     for _ in range(3):
