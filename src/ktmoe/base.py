@@ -150,8 +150,8 @@ class BaseMoEWrapper(PackedWeights):
             config.activation,
             config.swiglu_limit,
             config.swiglu_alpha,
-            down_format,
-            config.check_finite,
+            down_format=down_format,
+            check_finite=config.check_finite,
         )
         layer.share_gpu_mask(config.gpu_experts_mask)
         return layer

@@ -22,8 +22,8 @@ class FakeLayer:
 
     expert_bytes = packed_bytes = 0
 
-    def __init__(self, pool, n_experts, top_k, hidden, inter, format, *others) -> None:
-        self.formats = (format, others[-1])
+    def __init__(self, pool, n_experts, top_k, hidden, inter, format, *others, down_format, check_finite) -> None:
+        self.formats = (format, down_format)
         self.format, self.down_format = self.formats
         self.shapes = ((inter, hidden), (inter, hidden), (hidden, inter))
         self.n_experts = n_experts
