@@ -1,39 +1,34 @@
 // Few rows times a block format in integers: activations are int8 with one scale per 32 k, levels are bytes, sums are exact.
 //
 //   w x ~ sum over spans of  x_scale * (scale * sum(q x8) - shift * sum(x8))        scale and shift of BlockWeights
-//   operand: x8 [k / 4][R], words in the order in which the levels leave theirs (signed levels: [k / 2][R], pairs of 16 bits); then per
-//   span and row: x_scale, and x_scale * sum(x8) of its first and its second 16 k
-// Include inside the namespace of a level, after unpack-inl.h and dot-inl.h.
-
-// 16 floats of a bf16 row from column j; columns at or beyond `columns` are zero and are not read.
-template <class V>
-struct VectorRow {
-  static typename V::F load(const bf16* row, int j, int columns) {
-    if (j + 16 <= columns) return V::load_bf16(row + j);
-    bf16 tail[16] = {};
-    if (j < columns) std::memcpy(tail, row + j, 2 * static_cast<std::size_t>(columns - j));
-    return V::load_bf16(tail);
-  }
-};
+//   operand of a group of R rows: x8 [k / 4][R], words in the order in which the levels leave theirs (signed levels: as Signed has
+//   them); then kSpanScales per span and row: x_scale, and for unsigned levels x_scale * sum(x8), of each 16 k apart where these have a
+//   scale of their own
+// Include inside the namespace of a level, after unpack-inl.h, dot-inl.h and row_groups-inl.h.
 
 template <class V, class Fmt>
 struct BlockDot {
   using F = typename V::F;
   using I = typename V::I;
-  static constexpr int kMostRows = 4;
+  static constexpr int kMostRows = 16;  // beyond, exact fp32 products on unpacked weights are as fast
   static constexpr bool kUnsigned = Fmt::bits < 8 && !std::is_same_v<Fmt, Iq4NlFormat>;  // levels 0 .. 63 that maddubs takes
-  static constexpr int kSpanWords = kUnsigned ? 8 : 16;
-  static constexpr bool kTwoScales = Fmt::bits == 6;           // one for each 16 k
+  using Signed = std::conditional_t<V::kSignedBytes, Int8SignDot<V>, Int8PairDot<V>>;
+  static constexpr int kSpanWords = kUnsigned ? 8 : 8 * Signed::words;
+  static constexpr bool kTwoScales = Fmt::bits == 6;  // one for each 16 k
+  static constexpr int kSpanScales = kTwoScales ? 3 : kUnsigned ? 2 : 1;
   static constexpr bool kHalves = kUnsigned && Fmt::bits > 4;  // sums of 16 k apart
   static constexpr int kSpanRows = Fmt::bits == 8 ? 8 : 4;     // 64-byte rows of levels in a span
 
-  // m <= kMostRows rows of bf16, k columns, padded to `padded`. A span with a number that is not finite gets scale NaN.
-  static void pack(RowSource rows, int m, int k, int padded, std::byte* dst) {
+  static int row_bytes(int padded) { return padded / 32 * (kSpanWords + kSpanScales) * 4; }
+
+  // A span with a number that is not finite gets scale NaN.
+  static void pack_group(RowSource rows, int r0, int n, int k, int padded, std::byte* dst) {
     auto* words = reinterpret_cast<std::uint32_t*>(dst);
-    auto* scales = reinterpret_cast<float*>(words + padded / 32 * kSpanWords * m);
-    for (int j = 0; j < padded; j += 32, words += kSpanWords * m, scales += 3 * m)
-      for (int r = 0; r < m; ++r) {
-        const F first = VectorRow<V>::load(rows.row<bf16>(r), j, k), second = VectorRow<V>::load(rows.row<bf16>(r), j + 16, k);
+    auto* scales = reinterpret_cast<float*>(words + padded / 32 * kSpanWords * n);
+    for (int j = 0; j < padded; j += 32, words += kSpanWords * n, scales += kSpanScales * n)
+      for (int r = 0; r < n; ++r) {
+        const bf16* row = rows.row<bf16>(r0 + r);
+        const F first = VectorRow<V>::load(row, j, k), second = VectorRow<V>::load(row, j + 16, k);
         const F poison = V::add(V::mul(first, V::set(0.0f)), V::mul(second, V::set(0.0f)));
         const float scale = V::hmax(V::max(V::abs(first), V::abs(second))) / 127.0f;
         const float inverse = scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f;
@@ -42,12 +37,33 @@ struct BlockDot {
         V::store_s8(x + 16, V::to_i(V::mul(second, V::set(inverse))));
         int sum[2] = {};
         for (int i = 0; i < 32; ++i) sum[i / 16] += x[i];
-        pack_span(x, m, words + r);
-        scales[3 * r] = V::hsum(poison) == 0.0f ? scale : std::numeric_limits<float>::quiet_NaN();
-        for (int i = 0; i < 2; ++i) scales[3 * r + 1 + i] = scales[3 * r] * static_cast<float>(sum[i]);
+        pack_span(x, n, words + r);
+        float* own = scales + kSpanScales * r;
+        own[0] = V::hsum(poison) == 0.0f ? scale : std::numeric_limits<float>::quiet_NaN();
+        if (kTwoScales)
+          for (int i = 0; i < 2; ++i) own[1 + i] = own[0] * static_cast<float>(sum[i]);
+        else if (kUnsigned)
+          own[1] = own[0] * static_cast<float>(sum[0] + sum[1]);
       }
   }
 
+  template <int R>
+  static void run(const std::byte* panel, int k_steps, const std::byte* operand, float* c, std::ptrdiff_t ldc, bool accumulate) {
+    constexpr int kSpans = Fmt::k_step / 32, kTile = Fmt::rows * kRowBytes;
+    const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
+    const auto* x_scales = reinterpret_cast<const float*>(x + k_steps * kSpans * kSpanWords * R);
+    F sum[2][R];
+    for (int t = 0; t < 2; ++t)
+      for (int r = 0; r < R; ++r) sum[t][r] = accumulate ? V::load(c + r * ldc + 16 * t) : V::set(0.0f);
+    for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += kSpans * kSpanWords * R, x_scales += kSpans * kSpanScales * R)
+      in_tiles<V, kSpans>([&](auto t, int span) __attribute__((always_inline)) {
+        add_span<R>(panel + t * kTile, span, x + span * kSpanWords * R, x_scales + span * kSpanScales * R, sum[t]);
+      });
+    for (int t = 0; t < 2; ++t)
+      for (int r = 0; r < R; ++r) V::store(c + r * ldc + 16 * t, sum[t][r]);
+  }
+
+ private:
   // One byte order for both kinds of words: nibble words give even k, then odd k; byte words give four consecutive k.
   static void pack_span(const std::int8_t* x, int rows, std::uint32_t* words) {
     for (int q = 0; q < 8; ++q) {
@@ -56,25 +72,10 @@ struct BlockDot {
       if (kUnsigned)
         std::memcpy(words + q * rows, quad, 4);
       else
-        Int8PairDot<V>::pack(quad, words + 2 * q * rows, words + (2 * q + 1) * rows);
+        Signed::pack(quad, words + Signed::words * q * rows, words + (Signed::words * q + 1) * rows);
     }
   }
 
-  template <int R>
-  static void run(const std::byte* panel, int k_steps, const std::uint32_t* x, const float* x_scales, float* c, std::ptrdiff_t ldc,
-                  bool accumulate) {
-    F sum[2][R];
-    for (int t = 0; t < 2; ++t)
-      for (int r = 0; r < R; ++r) sum[t][r] = accumulate ? V::load(c + r * ldc + 16 * t) : V::set(0.0f);
-    for (int s = 0; s < k_steps; ++s, panel += 2 * Fmt::rows * kRowBytes)
-      for (int span = 0; span < Fmt::k_step / 32; ++span, x += kSpanWords * R, x_scales += 3 * R)
-#pragma GCC unroll 2
-        for (int t = 0; t < 2; ++t) add_span<R>(panel + t * Fmt::rows * kRowBytes, span, x, x_scales, sum[t]);
-    for (int t = 0; t < 2; ++t)
-      for (int r = 0; r < R; ++r) V::store(c + r * ldc + 16 * t, sum[t][r]);
-  }
-
- private:
   template <int R>
   static inline __attribute__((always_inline)) void add_span(const std::byte* tile, int span, const std::uint32_t* x, const float* x_scales,
                                                              F (&sum)[R]) {
@@ -84,15 +85,16 @@ struct BlockDot {
     products<R, 0>(tile, span, x, half, part);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const F x_scale = V::set(x_scales[3 * r]), first = V::set(x_scales[3 * r + 1]), second = V::set(x_scales[3 * r + 2]);
+      const F x_scale = V::set(x_scales[kSpanScales * r]);
+      auto x_sum = [&](int i) { return V::set(x_scales[kSpanScales * r + i]); };
       const I whole = kHalves && !kTwoScales ? V::add_i(half[0][r], half[1][r]) : half[0][r];
       sum[r] = V::fma(V::mul(scales.scale[0], x_scale), V::to_f(whole), sum[r]);
       if constexpr (kTwoScales) {
         sum[r] = V::fma(V::mul(scales.scale[1], x_scale), V::to_f(half[1][r]), sum[r]);
-        sum[r] = V::fma(V::mul(scales.scale[0], V::set(-32.0f)), first, sum[r]);
-        sum[r] = V::fma(V::mul(scales.scale[1], V::set(-32.0f)), second, sum[r]);
+        sum[r] = V::fma(V::mul(scales.scale[0], V::set(-32.0f)), x_sum(1), sum[r]);
+        sum[r] = V::fma(V::mul(scales.scale[1], V::set(-32.0f)), x_sum(2), sum[r]);
       } else if constexpr (kUnsigned) {
-        sum[r] = V::fma(V::sub(V::set(0.0f), scales.shift), V::add(first, second), sum[r]);
+        sum[r] = V::fma(V::sub(V::set(0.0f), scales.shift), x_sum(1), sum[r]);
       }
     }
   }
@@ -103,15 +105,15 @@ struct BlockDot {
                                                              I (&part)[R]) {
     if constexpr (row < kSpanRows) {
       const std::byte* at = tile + kRowBytes * (Fmt::scale_rows + span * kSpanRows + row);
-      __builtin_prefetch(at + 4096, 0, 3);
+      ask_ahead<V, Fmt::bits != 8>(at);
       const I word = V::load_i(at);
       if constexpr (Fmt::bits == 8) {
-        signed_products<R, row == 0>(word, x + 2 * row * R, part);
+        signed_products<R, row == 0>(word, x + row * Signed::words * R, part);
       } else {
         const I low = V::and_i(word, 0x0f0f0f0f), high = V::and_i(V::template shr<4>(word), 0x0f0f0f0f);
         if constexpr (std::is_same_v<Fmt, Iq4NlFormat>) {
-          signed_products<R, row == 0>(V::lookup_bytes(low, kIq4Values), x + 4 * row * R, part);
-          signed_products<R, false>(V::lookup_bytes(high, kIq4Values), x + (4 * row + 2) * R, part);
+          signed_products<R, row == 0>(V::lookup_bytes(low, kIq4Values), x + 2 * row * Signed::words * R, part);
+          signed_products<R, false>(V::lookup_bytes(high, kIq4Values), x + (2 * row + 1) * Signed::words * R, part);
         } else {
           unsigned_products<R, row == 0 || (kHalves && row == 2), row>(tile, span, low, high, x + 2 * row * R, part);
         }
@@ -131,11 +133,11 @@ struct BlockDot {
 
   template <int R, bool kFirst>
   static inline __attribute__((always_inline)) void signed_products(I levels, const std::uint32_t* x, I (&part)[R]) {
-    const I even = V::even_s8(levels), odd = V::odd_s8(levels);
+    const I first = Signed::template of<0>(levels), second = Signed::template of<Signed::words - 1>(levels);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      part[r] = V::madd(kFirst ? V::set_i(0) : part[r], even, V::set_i(static_cast<std::int32_t>(x[r])));
-      part[r] = V::madd(part[r], odd, V::set_i(static_cast<std::int32_t>(x[R + r])));
+      part[r] = Signed::mac(kFirst ? V::set_i(0) : part[r], first, x + r);
+      if constexpr (Signed::words == 2) part[r] = Signed::mac(part[r], second, x + R + r);
     }
   }
 

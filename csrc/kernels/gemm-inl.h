@@ -4,14 +4,15 @@
 // group narrower; for int8 followed by the row scales and 128 * (row sums).
 // Include inside the namespace of a level, after mac-inl.h.
 
-template <class V, class Int8Dot>
+// Int8Few: the dot of int8 weights for at most kFewRows rows.
+template <class V, class Int8Dot, class Int8Few = Int8Dot>
 struct VectorGemm {
   using F = typename V::F;
   static constexpr int kMaxBlockRows = 256;
 
-  static constexpr int kFewRows = 2;  // int4 and FP8 are unpacked in registers for so many rows, into cache for more
+  static constexpr int kFewRows = 2;  // int4 (portable: all) is unpacked in registers for so many rows, into cache for more
   template <class Fmt>
-  static constexpr bool kIntegerLevels = !V::kPlainLoops && !std::is_same_v<Fmt, Fp8Format>;  // BlockDot runs few rows
+  using BlockFew = std::conditional_t<std::is_same_v<Fmt, Fp8Format>, Fp8Dot<V>, BlockDot<V, Fmt>>;  // the same for block formats
 
   static bool int8_products(WeightFormat format) { return format_info(format).direct == WeightFormat::int8; }
   static std::size_t words_per_row(WeightFormat format, int k) {
@@ -24,7 +25,7 @@ struct VectorGemm {
 
   static std::size_t operand_bytes(WeightFormat format, int m, int k) {
     const std::size_t rows = static_cast<std::size_t>(m);
-    return rows * words_per_row(format, k) * 4 + (int8_products(format) ? rows * 8 : 0);
+    return rows * (words_per_row(format, k) * 4 + 8);  // 8: the scale and offset of int8, the power of two of FP8
   }
 
   static F load_row(const bf16* row, int j, int columns) { return VectorRow<V>::load(row, j, columns); }
@@ -52,10 +53,10 @@ struct VectorGemm {
 #define KTMOE_FORMAT(id, traits) \
   case WeightFormat::id:         \
     break;
-#define KTMOE_BLOCK_FORMAT(id, traits)                                                                    \
-  case WeightFormat::id:                                                                                  \
-    if constexpr (kIntegerLevels<traits>)                                                                 \
-      if (m <= BlockDot<V, traits>::kMostRows) return BlockDot<V, traits>::pack(rows, m, k, padded, dst); \
+#define KTMOE_BLOCK_FORMAT(id, traits)                                                                         \
+  case WeightFormat::id:                                                                                       \
+    if constexpr (!V::kPlainLoops)                                                                             \
+      if (m <= BlockFew<traits>::kMostRows) return RowGroups<BlockFew<traits>>::pack(rows, m, k, padded, dst); \
     break;
 #include "format/formats.inc"
 #undef KTMOE_FORMAT
@@ -65,7 +66,14 @@ struct VectorGemm {
       return;
     }
     if (format == WeightFormat::int4 && m <= kFewRows) return pack_few_int4(rows, row_scale, m, k, padded, dst);
-    const int quads = padded / 4;
+    if (m <= kFewRows)
+      pack_int8<Int8Few>(format, rows, row_scale, m, k, padded, dst);
+    else
+      pack_int8<Int8Dot>(format, rows, row_scale, m, k, padded, dst);
+  }
+
+  template <class Dot>
+  static void pack_int8(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, int padded, std::byte* dst) {
     auto* words = reinterpret_cast<std::uint32_t*>(dst);
     auto* scale = reinterpret_cast<float*>(words + static_cast<std::size_t>(m) * words_per_row(format, k));
     auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
@@ -75,13 +83,13 @@ struct VectorGemm {
         const std::int8_t* x = rows.row<std::int8_t>(r0 + r);
         std::int32_t sum = 0;
         std::uint32_t* w = words + r;
-        for (int q = 0; q < quads; ++q) {
-          Int8Dot::pack(x + 4 * q, w, w + n);
-          w += Int8Dot::words * n;
+        for (int q = 0; q < padded / 4; ++q) {
+          Dot::pack(x + 4 * q, w, w + n);
+          w += Dot::words * n;
           sum += x[4 * q] + x[4 * q + 1] + x[4 * q + 2] + x[4 * q + 3];
         }
         scale[r0 + r] = row_scale[rows.index ? rows.index[r0 + r] : r0 + r];
-        offset[r0 + r] = Int8Dot::unsigned_weights ? 128 * sum : 0;
+        offset[r0 + r] = Dot::unsigned_weights ? 128 * sum : 0;
       }
       words += static_cast<std::size_t>(n) * words_per_row(format, k);
     }
@@ -132,7 +140,10 @@ struct VectorGemm {
       case WeightFormat::bf16:
         return forward_steps<Bf16Dot<V>>(operand, m, w, p0, p1, c, accumulate);
       case WeightFormat::int8:
-        forward_steps<Int8Dot>(operand, m, w, p0, p1, c, false);
+        if (m <= kFewRows)
+          forward_steps<Int8Few>(operand, m, w, p0, p1, c, false);
+        else
+          forward_steps<Int8Dot>(operand, m, w, p0, p1, c, false);
         return scale_int8(operand, m, w, p0, p1, c);
       case WeightFormat::int4:
         if (m <= kFewRows)
@@ -164,20 +175,16 @@ struct VectorGemm {
 
   template <class Fmt>
   static bool forward_blocks(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
-    using Dot = BlockDot<V, Fmt>;
-    const int k_steps = w.layout().k_steps;
-    if constexpr (kIntegerLevels<Fmt>) {
-      if (m > Dot::kMostRows) return false;
-      const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
-      const auto* scales = reinterpret_cast<const float*>(x + w.layout().k_padded() / 32 * Dot::kSpanWords * m);
-      static constexpr decltype(&Dot::template run<1>) runs[] = {&Dot::template run<1>, &Dot::template run<2>, &Dot::template run<3>,
-                                                                 &Dot::template run<4>};
-      for (int p = p0; p < p1; ++p, c += c_block_floats(m)) runs[m - 1](w.panel(p), k_steps, x, scales, c, kPanelColumns, accumulate);
-    } else {
+    const PackedLayout& l = w.layout();
+    if constexpr (V::kPlainLoops) {
       if (m > kFewRows) return false;
       const auto* x = reinterpret_cast<const float*>(operand);
       for (int p = p0; p < p1; ++p, c += c_block_floats(m))
-        (m == 1 ? mac_blocks<V, Fmt, 1> : mac_blocks<V, Fmt, 2>)(w.panel(p), k_steps, x, c, kPanelColumns, accumulate);
+        (m == 1 ? mac_blocks<V, Fmt, 1> : mac_blocks<V, Fmt, 2>)(w.panel(p), l.k_steps, x, c, kPanelColumns, accumulate);
+    } else {
+      if (m > BlockFew<Fmt>::kMostRows) return false;
+      for (int p = p0; p < p1; ++p, c += c_block_floats(m))
+        RowGroups<BlockFew<Fmt>>::panel(operand, m, l.k_padded(), w.panel(p), l.k_steps, c, kPanelColumns, accumulate);
     }
     return true;
   }

@@ -8,16 +8,18 @@
 inline constexpr int kStepBlock = 8;  // k-steps whose two tiles (16 KB) stay in L1 while the rows pass by
 inline constexpr int kStepBlockBytes = kStepBlock * 2 * kTileBytes;
 
-template <class V, class Dot, int R, int NT, int word>
-static inline __attribute__((always_inline)) void mac_word(typename Dot::Acc (&acc)[R][NT], const std::byte* row,
-                                                           std::ptrdiff_t tile_stride, const std::uint32_t* x) {
-  typename Dot::Weights w[NT];
+// One row of tiles t0 .. t0 + count - 1; `row` is that of the first.
+template <class V, class Dot, int R, int NT, int t0, int count, int word = 0>
+static inline __attribute__((always_inline)) void mac_row(typename Dot::Acc (&acc)[R][NT], const std::byte* row, std::ptrdiff_t tile_stride,
+                                                          const std::uint32_t* x) {
+  typename Dot::Weights w[count];
 #pragma GCC unroll 2
-  for (int t = 0; t < NT; ++t) w[t] = Dot::template weights<word>(row + t * tile_stride);
+  for (int t = 0; t < count; ++t) w[t] = Dot::template weights<word>(row + t * tile_stride);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int t = 0; t < NT; ++t) acc[r][t] = Dot::mac(acc[r][t], w[t], x + r);
+    for (int t = 0; t < count; ++t) acc[r][t0 + t] = Dot::mac(acc[r][t0 + t], w[t], x + word * R + r);
+  if constexpr (word + 1 < Dot::words) mac_row<V, Dot, R, NT, t0, count, word + 1>(acc, row, tile_stride, x);
 }
 
 template <class V, class Dot, int R, int NT>
@@ -28,22 +30,22 @@ void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_str
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int t = 0; t < NT; ++t) acc[r][t] = accumulate ? Dot::load(c + r * ldc + 16 * t) : Dot::zero();
-  for (int s = 0; s < steps; ++s) {
-    for (int j = 0; j < 16; ++j) {
-      const std::byte* row = w + 64 * j;
-      // Weights come from DRAM the first time: with few rows soon into L1, with more a whole step block ahead into L2.
-      if constexpr (Dot::streamed && R <= 2) {
+  for (int s = 0; s < steps; ++s, w += step_stride, x += 16 * Dot::words * R) {
+    if constexpr (Dot::streamed && (R <= 2 || V::kInOrder) && NT == 2) {
+      in_tiles<V, 16>([&](auto t, int j) __attribute__((always_inline)) {
+        const std::byte* row = w + t * tile_stride + 64 * j;
+        ask_ahead<V, (R > 2)>(row);
+        mac_row<V, Dot, R, NT, t, 1>(acc, row, tile_stride, x + j * Dot::words * R);
+      });
+    } else {
+      for (int j = 0; j < 16; ++j) {
+        const std::byte* row = w + 64 * j;
+        if constexpr (Dot::streamed)  // comes from DRAM the first time: a whole step block ahead into L2
 #pragma GCC unroll 2
-        for (int t = 0; t < NT; ++t) __builtin_prefetch(row + t * tile_stride + 4096, 0, 3);
-      } else if constexpr (Dot::streamed) {
-#pragma GCC unroll 2
-        for (int t = 0; t < NT; ++t) __builtin_prefetch(row + t * tile_stride + kStepBlockBytes, 0, 2);
+          for (int t = 0; t < NT; ++t) __builtin_prefetch(row + t * tile_stride + kStepBlockBytes, 0, 2);
+        mac_row<V, Dot, R, NT, 0, NT>(acc, row, tile_stride, x + j * Dot::words * R);
       }
-      mac_word<V, Dot, R, NT, 0>(acc, row, tile_stride, x);
-      if constexpr (Dot::words == 2) mac_word<V, Dot, R, NT, 1>(acc, row, tile_stride, x + R);
-      x += Dot::words * R;
     }
-    w += step_stride;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -67,7 +69,8 @@ template <class V, class Dot>
 void mac_rows(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int n_tiles, int first_step, int steps,
               const std::uint32_t* x, std::size_t words_per_row, int m, float* c, std::ptrdiff_t ldc, bool accumulate) {
   const std::size_t skip = static_cast<std::size_t>(first_step) * 16 * Dot::words;
-  const bool wide = V::kTiles == 2 || m <= 2;  // two tiles side by side: two weight streams, twice the independent sums
+  // Both tiles of a k-step in one pass, where the registers allow it or the weights come from memory for this pass alone.
+  const bool wide = V::kTiles == 2 || m <= 2 || (Dot::streamed && V::kInOrder && m <= V::kRows);
   for (int t = 0; t < n_tiles; t += wide ? 2 : 1)
     for (int r0 = 0; r0 < m; r0 += V::kRows) {
       const int rows = m - r0 < V::kRows ? m - r0 : V::kRows;
@@ -81,7 +84,7 @@ void mac_rows(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t til
     }
 }
 
-// Few rows (R) times one panel of a block format, unpacked in registers: for calls that are bound by memory. x: fp32 [k][R].
+// Few rows (R) times one panel of a block format, unpacked in registers, where no Dot takes them (the portable level). x: fp32 [k][R].
 template <class V, class Fmt, int R>
 void mac_blocks(const std::byte* panel, int k_steps, const float* x, float* c, std::ptrdiff_t ldc, bool accumulate) {
   using F = typename V::F;
@@ -106,8 +109,8 @@ void mac_blocks(const std::byte* panel, int k_steps, const float* x, float* c, s
     }
 }
 
-// The same for int4, in integers: per block of 16 k, m * sum(q x) - o * sum(x). x: int8 quads [k / 4][R]; minus_sum: -sum(x) of each block
-// as a 16-bit number in a word, [k / 16][R]. 4 * 15 * 127 * 2 < 2^15, so the 16-bit sums of a block are exact.
+// Few rows (R) times one panel of int4, in integers: per block of 16 k, m * sum(q x) - o * sum(x). x: int8 quads [k / 4][R]; minus_sum:
+// -sum(x) of each block as a 16-bit number in a word, [k / 16][R]. 4 * 15 * 127 * 2 < 2^15, so the 16-bit sums of a block are exact.
 template <class V, int R>
 void mac_int4(const std::byte* panel, int k_steps, const std::uint32_t* x, const std::uint32_t* minus_sum, float* c, std::ptrdiff_t ldc) {
   using I = typename V::I;
@@ -119,7 +122,7 @@ void mac_int4(const std::byte* panel, int k_steps, const std::uint32_t* x, const
                     I part[2][R];
                     for (int j = 0; j < 4; ++j) {
                       const std::byte* at = tile + kRowBytes * (1 + 2 * b + j);
-                      __builtin_prefetch(at + 4096, 0, 3);
+                      ask_ahead<V, true>(at);
                       const I row = V::load_i(at), q0 = V::and_i(row, 0x0f0f0f0f), q1 = V::and_i(V::template shr<4>(row), 0x0f0f0f0f);
 #pragma GCC unroll 2
                       for (int r = 0; r < R; ++r) {

@@ -8,7 +8,10 @@ struct Vec {
     __m256i a, b;
   };
   static constexpr bool kPlainLoops = false;  // no unrolled instruction sequences
-  static constexpr int kRows = 6;             // 6 x 16 columns = 12 of the 16 registers accumulate
+  static constexpr bool kSignedBytes = true;  // abs8 and sign8 are one instruction each
+  static constexpr bool kInOrder = true;      // see row_groups-inl.h
+  static constexpr int kAhead = 8192;
+  static constexpr int kRows = 6;  // 6 x 16 columns = 12 of the 16 registers accumulate
   static constexpr int kTiles = 1;
 
 #define KTMOE_INLINE static inline __attribute__((always_inline))
@@ -79,6 +82,10 @@ struct Vec {
   KTMOE_INLINE I sar(I x) {
     return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)};
   }
+  template <int N>
+  KTMOE_INLINE I sar16(I x) {
+    return {_mm256_srai_epi16(x.a, N), _mm256_srai_epi16(x.b, N)};
+  }
   KTMOE_INLINE F as_f(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
   KTMOE_INLINE I as_i(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
   KTMOE_INLINE F to_f(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
@@ -124,6 +131,8 @@ struct Vec {
   }
   KTMOE_INLINE I add16(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
   KTMOE_INLINE I maddubs(I u8, I s8) { return {_mm256_maddubs_epi16(u8.a, s8.a), _mm256_maddubs_epi16(u8.b, s8.b)}; }
+  KTMOE_INLINE I abs8(I x) { return {_mm256_abs_epi8(x.a), _mm256_abs_epi8(x.b)}; }
+  KTMOE_INLINE I sign8(I x, I s) { return {_mm256_sign_epi8(x.a, s.a), _mm256_sign_epi8(x.b, s.b)}; }
   KTMOE_INLINE I sub8(I x, I y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
 
   KTMOE_INLINE void transpose16(const void* src, std::ptrdiff_t stride, void* dst) {

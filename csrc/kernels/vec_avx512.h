@@ -4,7 +4,10 @@ struct Vec {
   using F = __m512;
   using I = __m512i;
   static constexpr bool kPlainLoops = false;  // no unrolled instruction sequences
-  static constexpr int kRows = 12;            // 12 x 32 columns = 24 of the 32 registers accumulate
+  static constexpr bool kSignedBytes = false;
+  static constexpr bool kInOrder = false;  // see row_groups-inl.h
+  static constexpr int kAhead = 4096;
+  static constexpr int kRows = 12;  // 12 x 32 columns = 24 of the 32 registers accumulate
   static constexpr int kTiles = 2;
 
 #define KTMOE_INLINE static inline __attribute__((always_inline))
@@ -47,6 +50,10 @@ struct Vec {
   template <int N>
   KTMOE_INLINE I sar(I x) {
     return _mm512_srai_epi32(x, N);
+  }
+  template <int N>
+  KTMOE_INLINE I sar16(I x) {
+    return _mm512_srai_epi16(x, N);
   }
   KTMOE_INLINE F as_f(I x) { return _mm512_castsi512_ps(x); }
   KTMOE_INLINE I as_i(F x) { return _mm512_castps_si512(x); }

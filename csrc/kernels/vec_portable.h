@@ -11,8 +11,11 @@ struct Vec {
     std::int32_t v[16];
   };
   static constexpr bool kPlainLoops = true;  // no unrolled instruction sequences
-  static constexpr int kRows = 4;            // rows of C that one inner loop accumulates
-  static constexpr int kTiles = 1;           // tiles of 16 columns beside each other in it
+  static constexpr bool kSignedBytes = false;
+  static constexpr bool kInOrder = true;
+  static constexpr int kAhead = 0;
+  static constexpr int kRows = 4;   // rows of C that one inner loop accumulates
+  static constexpr int kTiles = 1;  // tiles of 16 columns beside each other in it
 
   template <class Op>
   static F each(Op op) {

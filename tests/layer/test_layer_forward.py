@@ -7,9 +7,8 @@ from oracle.layers import Inputs, Layer, Shape, assert_same, make_inputs, make_l
 from oracle.published import PUBLISHED
 from oracle.registry import BLOCK_ROWS, LAYER_FORMATS, each_isa, each_layer_format
 
-# h is rounded to bf16; block formats also round x and h of a few rows to int8 (2^-8 of the largest of 32 k, twice), or
-# their weights to bf16.
-TOLERANCE = {fmt: 2.0**-5 if fmt in PUBLISHED else 2.0**-7 for fmt in LAYER_FORMATS}
+# h is rounded to bf16; AMX also rounds unpacked weights to bf16.
+TOLERANCE = {fmt: 2.0**-6 if fmt in PUBLISHED else 2.0**-7 for fmt in LAYER_FORMATS}
 KINDS = ["uniform", "all to one", "one each", "mixed", "duplicates"]
 SHAPES = [
     Shape(1, 1, 64, 32),
@@ -46,7 +45,9 @@ def test_more_rows_than_a_block(isa: str, fmt: str) -> None:
     layer = Layer(shape, fmt, isa)
     for tokens in (BLOCK_ROWS[isa], BLOCK_ROWS[isa] + 1, 2 * BLOCK_ROWS[isa] + 5):
         x = make_inputs(shape, tokens, "all to one")
-        check(fmt, layer.forward(x), layer.reference(x), f"tokens={tokens}")
+        error = row_error(layer.forward(x).double().numpy(), layer.reference(x))
+        # a last block of few rows may round x and h to int8, by up to 2^-8 of the largest of 32 k each
+        assert (error <= (2.0**-5 if fmt in PUBLISHED else 2.0**-7)).all(), f"tokens={tokens}: {error.max():.4f}"
 
 
 @each_isa

@@ -40,8 +40,9 @@ ENDINGS = {
         import time
         from torch.utils.dlpack import to_dlpack
         long = make_inputs(shape, 8000)
-        for _ in range(3):  # arrays ready: nothing but the engine runs in the thread, as when a wrapper calls it
-            arrays = [to_dlpack(t) for t in (long.hidden, long.ids, long.weights, torch.empty_like(long.hidden))]
+        outs = [torch.empty_like(long.hidden) for _ in range(3)]
+        for own in outs:  # tensors that stay: torch itself aborts when a daemon thread frees one at the very end
+            arrays = [to_dlpack(t) for t in (long.hidden, long.ids, long.weights, own)]
             threading.Thread(target=layer.engine.forward, args=arrays, daemon=True).start()
         time.sleep(0.05)
     """,

@@ -34,14 +34,30 @@ def to_int8_rows(x: torch.Tensor) -> torch.Tensor:
     return straight_through(x, levels.clamp(-127, 127).double() * scale.double())
 
 
+def to_int8_spans(x: torch.Tensor) -> torch.Tensor:
+    """One scale for each 32 columns; the levels come from the fp32 reciprocal, as in the kernels."""
+    m, k = x.shape
+    spans = torch.nn.functional.pad(x.detach().float(), (0, -k % 32)).reshape(m, -1, 32)
+    scale = spans.abs().amax(dim=2, keepdim=True) / 127
+    inverse = torch.where(scale >= torch.finfo(torch.float32).tiny, 1 / scale, 0.0)
+    rounded = torch.round(spans * inverse).double() * scale.double()
+    return straight_through(x, rounded.reshape(m, -1)[:, :k])
+
+
 @dataclass(frozen=True)
 class Rounding:
-    """activations: None (exact), "bf16" or "int8". slices: (first, number) of columns of h with their own scale."""
+    """activations: None (exact), "bf16" or "int8". slices: (first, number) of columns of h with their own scale.
+
+    span_rows: an expert with so many rows rounds its activations to int8, one scale for each 32 columns.
+    """
 
     activations: str | None
     slices: tuple[tuple[int, int], ...] = ()
+    span_rows: int = 0
 
     def operand(self, x: torch.Tensor, is_h: bool = False) -> torch.Tensor:
+        if len(x) <= self.span_rows:
+            return to_int8_spans(x)
         if self.activations != "int8":
             return x
         if not (is_h and self.slices):

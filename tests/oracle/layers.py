@@ -21,7 +21,7 @@ from .experts import (
     lora_names,
 )
 from .published import PUBLISHED, arrays
-from .registry import activations
+from .registry import activations, span_rows
 
 NO_DROPOUT = Dropout(0.0, 0)
 
@@ -176,7 +176,7 @@ class Layer:
 
     @property
     def rounding(self) -> Rounding:
-        return Rounding(activations(self.fmt), tuple(self.engine.parts))
+        return Rounding(activations(self.fmt), tuple(self.engine.parts), span_rows(self.fmt, self.engine.isa))
 
     def dequantized(self) -> Weights:
         """The weights that the kernels use, in float64."""

@@ -29,6 +29,13 @@ def activations(fmt: str) -> str:
     return str(_ext.testing.direct(fmt))
 
 
+def span_rows(fmt: str, isa: str) -> int:
+    """Up to so many rows of an expert the kernels multiply levels with activations in int8, one scale for each 32 k."""
+    if fmt == "fp8" or not _ext.testing.published(fmt):
+        return 0
+    return {"portable": 0, "emulated-amx": 0, "amx": 2}.get(isa, 16)
+
+
 # Integer products: exact sums, equal bits on every level.
 SCALED = [f for f in FORMATS if activations(f) == "int8"]
 LAYER_SCALED = [f for f in LAYER_FORMATS if activations(f) == "int8"]

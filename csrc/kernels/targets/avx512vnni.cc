@@ -20,7 +20,9 @@ namespace avx512vnni {
 // clang-format off: each part needs the ones before it
 #include "kernels/unpack-inl.h"
 #include "kernels/dot-inl.h"
+#include "kernels/row_groups-inl.h"
 #include "kernels/block_dot-inl.h"
+#include "kernels/fp8_dot-inl.h"
 #include "kernels/mac-inl.h"
 #include "kernels/gemm-inl.h"
 #include "kernels/quantize_int4-inl.h"
