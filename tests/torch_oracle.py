@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from oracle.registry import span_rows
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -36,12 +37,9 @@ def int8_products(wrapper: BaseMoEWrapper) -> bool:
     return str(_ext.testing.direct(wrapper.layer.format)) == "int8"
 
 
-def _int8_of_few_rows(wrapper: BaseMoEWrapper) -> bool:
-    return any(_ext.testing.published(f) and f != "fp8" for f in (wrapper.layer.format, wrapper.layer.down_format))
-
-
 def forward_tolerance(wrapper: BaseMoEWrapper) -> float:
-    return 2.0**-5 if _int8_of_few_rows(wrapper) else 2.0**-7
+    layer = wrapper.layer
+    return 2.0**-5 if any(span_rows(f, layer.isa) for f in (layer.format, layer.down_format)) else 2.0**-7
 
 
 def gradient_tolerance(wrapper: BaseMoEWrapper) -> float:

@@ -172,7 +172,7 @@ struct TileGemm {
           bf16 half[2][16];
           for (int h = 0; h < 2; ++h) {
             const int j = kPanelColumns * p + 16 * h;
-            F v = Vector::load_row(dy.row<bf16>(r), j, columns);
+            F v = load_row<V>(dy.row<bf16>(r), j, columns);
             if (column_scale) v = V::mul(v, V::load(column_scale + j));
             V::store_bf16(half[h], v);
           }

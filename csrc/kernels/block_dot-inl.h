@@ -4,7 +4,7 @@
 //   operand of a group of R rows: x8 [k / 4][R], words in the order in which the levels leave theirs (signed levels: as Signed has
 //   them); then kSpanScales per span and row: x_scale, and for unsigned levels x_scale * sum(x8), of each 16 k apart where these have a
 //   scale of their own
-// Include inside the namespace of a level, after unpack-inl.h, dot-inl.h and row_groups-inl.h.
+// Include inside the namespace of a level, after unpack-inl.h, dot-inl.h, weight_order-inl.h and row_groups-inl.h.
 
 template <class V, class Fmt>
 struct BlockDot {
@@ -28,7 +28,7 @@ struct BlockDot {
     for (int j = 0; j < padded; j += 32, words += kSpanWords * n, scales += kSpanScales * n)
       for (int r = 0; r < n; ++r) {
         const bf16* row = rows.row<bf16>(r0 + r);
-        const F first = VectorRow<V>::load(row, j, k), second = VectorRow<V>::load(row, j + 16, k);
+        const F first = load_row<V>(row, j, k), second = load_row<V>(row, j + 16, k);
         const F poison = V::add(V::mul(first, V::set(0.0f)), V::mul(second, V::set(0.0f)));
         const float scale = V::hmax(V::max(V::abs(first), V::abs(second))) / 127.0f;
         const float inverse = scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f;

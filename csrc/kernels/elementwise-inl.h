@@ -41,7 +41,7 @@ struct Elementwise {
   static float max_abs(const bf16* x, int n, float* poison) {
     F most = V::set(0.0f), bad = V::set(0.0f);
     for (int j = 0; j < n; j += 16) {
-      const F v = load(x, j, n);
+      const F v = load_row<V>(x, j, n);
       most = V::max(V::abs(v), most);
       bad = V::add(bad, V::mul(v, V::set(0.0f)));
     }
@@ -54,7 +54,7 @@ struct Elementwise {
     for (int j = 0; j < n; j += 16) {
       alignas(16) std::int8_t q[16] = {};
       if (usable) {
-        const F level = V::div(load(x, j, n), V::set(scale));
+        const F level = V::div(load_row<V>(x, j, n), V::set(scale));
         V::store_s8(q, V::to_i(V::min(V::max(level, V::set(-127.0f)), V::set(127.0f))));
       }
       std::memcpy(dst + j, q, static_cast<std::size_t>(n - j < 16 ? n - j : 16));
@@ -85,7 +85,7 @@ struct Elementwise {
   static void dot_rows(RowSource rows, int m, const float* v, int n, float* dot) {
     for (int r = 0; r < m; ++r) {
       F sum = V::set(0.0f);
-      for (int j = 0; j < n; j += 16) sum = V::add(sum, V::mul(load(rows.row<bf16>(r), j, n), V::load(v + j)));
+      for (int j = 0; j < n; j += 16) sum = V::add(sum, V::mul(load_row<V>(rows.row<bf16>(r), j, n), V::load(v + j)));
       dot[r] += V::hsum(sum);
     }
   }
@@ -126,7 +126,4 @@ struct Elementwise {
     for (; j + 16 <= n; j += 16) V::store_bf16(dst + j, V::load(src + j));
     for (; j < n; ++j) dst[j] = to_bf16(src[j]);
   }
-
- private:
-  static F load(const bf16* x, int j, int n) { return VectorRow<V>::load(x, j, n); }
 };

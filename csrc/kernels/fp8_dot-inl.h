@@ -3,7 +3,7 @@
 //   w x = sum over tiles of  (scale * 2^120) * sum((code * 2^-120) x)        a code moved into a float is its value times 2^-120
 //   x goes times the power of two that brings the largest of its row to 2^60: so products stay normal numbers, and nothing is rounded.
 //   operand of a group of R rows: x [k][R] in fp32, then the R powers of two that take this back
-// Include inside the namespace of a level, after row_groups-inl.h.
+// Include inside the namespace of a level, after weight_order-inl.h and row_groups-inl.h.
 
 template <class V>
 struct Fp8Dot {
@@ -18,12 +18,12 @@ struct Fp8Dot {
     for (int r = 0; r < n; ++r) {
       const bf16* row = rows.row<bf16>(r0 + r);
       F most = V::set(0.0f);
-      for (int j = 0; j < padded; j += 16) most = V::max(most, V::abs(VectorRow<V>::load(row, j, k)));
+      for (int j = 0; j < padded; j += 16) most = V::max(most, V::abs(load_row<V>(row, j, k)));
       const float largest = V::hmax(most);
       const int up = largest > 0.0f && std::isfinite(largest) ? std::min(60 - std::ilogb(largest), 126) : 0;
       for (int j = 0; j < padded; j += 16) {
         alignas(64) float values[16];
-        V::store(values, V::mul(VectorRow<V>::load(row, j, k), V::set(std::ldexp(1.0f, up))));
+        V::store(values, V::mul(load_row<V>(row, j, k), V::set(std::ldexp(1.0f, up))));
         for (int i = 0; i < 16; ++i) x[(j + i) * n + r] = values[i];
       }
       x[padded * n + r] = std::ldexp(1.0f, -up);

@@ -4,15 +4,16 @@
 // group narrower; for int8 followed by the row scales and 128 * (row sums).
 // Include inside the namespace of a level, after mac-inl.h.
 
-// Int8Few: the dot of int8 weights for at most kFewRows rows.
-template <class V, class Int8Dot, class Int8Few = Int8Dot>
+template <class V, class Int8Dot>
 struct VectorGemm {
   using F = typename V::F;
   static constexpr int kMaxBlockRows = 256;
 
-  static constexpr int kFewRows = 2;  // int4 (portable: all) is unpacked in registers for so many rows, into cache for more
+  // So few rows of int4 (portable: and of block formats) are multiplied from registers; for more, weights are unpacked into cache.
+  static constexpr int kFewRows = 2;
+  using Int8Few = std::conditional_t<V::kSignedBytes, Int8SignDot<V>, Int8Dot>;
   template <class Fmt>
-  using BlockFew = std::conditional_t<std::is_same_v<Fmt, Fp8Format>, Fp8Dot<V>, BlockDot<V, Fmt>>;  // the same for block formats
+  using BlockFew = std::conditional_t<std::is_same_v<Fmt, Fp8Format>, Fp8Dot<V>, BlockDot<V, Fmt>>;  // for Dot::kMostRows rows
 
   static bool int8_products(WeightFormat format) { return format_info(format).direct == WeightFormat::int8; }
   static std::size_t words_per_row(WeightFormat format, int k) {
@@ -28,8 +29,6 @@ struct VectorGemm {
     return rows * (words_per_row(format, k) * 4 + 8);  // 8: the scale and offset of int8, the power of two of FP8
   }
 
-  static F load_row(const bf16* row, int j, int columns) { return VectorRow<V>::load(row, j, columns); }
-
   // fp32 words [group][column][row of the group], `padded` columns (a multiple of 16), each times column_scale if given.
   static void pack_floats(RowSource rows, const float* column_scale, int m, int columns, int padded, float* dst) {
     for (int r0 = 0; r0 < m; r0 += V::kRows) {
@@ -37,7 +36,7 @@ struct VectorGemm {
       for (int j = 0; j < padded; j += 16) {
         float x[V::kRows][16];
         for (int r = 0; r < n; ++r) {
-          F v = load_row(rows.row<bf16>(r0 + r), j, columns);
+          F v = load_row<V>(rows.row<bf16>(r0 + r), j, columns);
           if (column_scale) v = V::mul(v, V::load(column_scale + j));
           V::store(x[r], v);
         }

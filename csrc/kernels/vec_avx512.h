@@ -5,7 +5,7 @@ struct Vec {
   using I = __m512i;
   static constexpr bool kPlainLoops = false;  // no unrolled instruction sequences
   static constexpr bool kSignedBytes = false;
-  static constexpr bool kInOrder = false;  // see row_groups-inl.h
+  static constexpr bool kInOrder = false;  // see weight_order-inl.h
   static constexpr int kAhead = 4096;
   static constexpr int kRows = 12;  // 12 x 32 columns = 24 of the 32 registers accumulate
   static constexpr int kTiles = 2;

@@ -17,20 +17,10 @@ namespace ktmoe {
 namespace amx {
 #include "kernels/vec_avx512.h"
 #include "kernels/vec_vnni.h"
-// clang-format off: each part needs the ones before it
-#include "kernels/unpack-inl.h"
-#include "kernels/dot-inl.h"
-#include "kernels/row_groups-inl.h"
-#include "kernels/block_dot-inl.h"
-#include "kernels/fp8_dot-inl.h"
-#include "kernels/mac-inl.h"
-#include "kernels/gemm-inl.h"
-#include "kernels/quantize_int4-inl.h"
-#include "kernels/elementwise-inl.h"
-#include "kernels/activation-inl.h"
+#include "kernels/vector-inl.h"
+// clang-format off: it needs the ones before it
 #include "kernels/tiles_hardware.h"
 #include "kernels/amx-inl.h"
-#include "kernels/table-inl.h"
 // clang-format on
 using Gemm = TileGemm<VnniVec, HardwareTiles, VectorGemm<VnniVec, Int8VnniDot<VnniVec>>>;
 constexpr KernelTable table = make_table<Gemm, VnniVec>(Isa::amx, 256);

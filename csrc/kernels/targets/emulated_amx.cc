@@ -9,20 +9,10 @@
 namespace ktmoe {
 namespace emulated_amx {
 #include "kernels/vec_portable.h"
-// clang-format off: each part needs the ones before it
-#include "kernels/unpack-inl.h"
-#include "kernels/dot-inl.h"
-#include "kernels/row_groups-inl.h"
-#include "kernels/block_dot-inl.h"
-#include "kernels/fp8_dot-inl.h"
-#include "kernels/mac-inl.h"
-#include "kernels/gemm-inl.h"
-#include "kernels/quantize_int4-inl.h"
-#include "kernels/elementwise-inl.h"
-#include "kernels/activation-inl.h"
+#include "kernels/vector-inl.h"
+// clang-format off: it needs the ones before it
 #include "kernels/tiles_software.h"
 #include "kernels/amx-inl.h"
-#include "kernels/table-inl.h"
 // clang-format on
 using Gemm = TileGemm<Vec, SoftwareTiles, VectorGemm<Vec, Int8PairDot<Vec>>>;
 constexpr KernelTable table = make_table<Gemm, Vec>(Isa::emulated_amx, 256);

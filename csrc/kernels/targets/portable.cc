@@ -9,19 +9,7 @@
 namespace ktmoe {
 namespace portable {
 #include "kernels/vec_portable.h"
-// clang-format off: each part needs the ones before it
-#include "kernels/unpack-inl.h"
-#include "kernels/dot-inl.h"
-#include "kernels/row_groups-inl.h"
-#include "kernels/block_dot-inl.h"
-#include "kernels/fp8_dot-inl.h"
-#include "kernels/mac-inl.h"
-#include "kernels/gemm-inl.h"
-#include "kernels/quantize_int4-inl.h"
-#include "kernels/elementwise-inl.h"
-#include "kernels/activation-inl.h"
-#include "kernels/table-inl.h"
-// clang-format on
+#include "kernels/vector-inl.h"
 constexpr KernelTable table = make_table<VectorGemm<Vec, Int8PairDot<Vec>>, Vec>(Isa::portable, 64);
 }  // namespace portable
 

@@ -1,0 +1,26 @@
+// In which order few rows read their weights, which come from memory once, and who asks for them ahead.
+//
+// Levels with kInOrder read them as they lie there, one tile of a k-step after the other, and the hardware asks for them ahead unless the
+// instructions on each line keep it from looking far enough (kSlow). Others read two tiles beside each other and always ask.
+// Include inside the namespace of a level, after Vec.
+
+template <class V, bool kSlow>
+inline __attribute__((always_inline)) void ask_ahead(const std::byte* at) {
+  if constexpr (kSlow || !V::kInOrder) __builtin_prefetch(at + V::kAhead, 0, 3);
+}
+
+// use(tile, i) for the two tiles of a k-step and each of their n pieces.
+template <class V, int n, class Use>
+inline __attribute__((always_inline)) void in_tiles(Use use) {
+  constexpr std::integral_constant<int, 0> first;
+  constexpr std::integral_constant<int, 1> second;
+  if constexpr (V::kInOrder) {
+    for (int i = 0; i < n; ++i) use(first, i);
+    for (int i = 0; i < n; ++i) use(second, i);
+  } else {
+    for (int i = 0; i < n; ++i) {
+      use(first, i);
+      use(second, i);
+    }
+  }
+}
