@@ -29,8 +29,8 @@ const CpuReport& cpu_report();  // probed once
 std::string_view isa_name(Isa isa);
 bool isa_supported(Isa isa);
 std::string isa_missing(Isa isa);                    // what the host lacks for it; empty if supported
-std::vector<Isa> all_isas(bool with_test_levels);    // best first, whatever this host has
-std::vector<Isa> isa_levels(bool with_test_levels);  // those of them that this host can run
+std::vector<Isa> all_isas(bool with_test_levels);    // in the order of isas.inc, whatever this host has
+std::vector<Isa> isa_levels(bool with_test_levels);  // those of them that this host can run, its best first
 
 // The best level of the host, or the one KTMOE_ISA names (which may lower the choice, never raise it above the host).
 Isa active_isa();

@@ -259,27 +259,19 @@ struct TileGemm {
   // Tiles a, b of a panel -> kWords tiles of W^T: row k (natural order) holds the pairs (W[n][k] of tile a, W[n][k] of tile b).
   template <int kWords>
   static void expand_lanes(const std::byte* tile_a, const std::byte* tile_b, std::byte* dst) {
+    using Pairs = LanePairs<V>;
     for (int j = 0; j < 16; ++j, dst += 64 * kWords) {
       const auto a = V::load_i(tile_a + 64 * j), b = V::load_i(tile_b + 64 * j);
       if constexpr (kWords == 2) {
-        V::store_i(dst, V::or_i(V::and_i(a, 0xffff), V::template shl<16>(b)));
-        V::store_i(dst + 64, V::or_i(V::template shr<16>(a), high(b)));
+        V::store_i(dst, Pairs::low(a, b));
+        V::store_i(dst + 64, Pairs::high(a, b));
       } else {
-        V::store_i(dst, byte_pair<24>(a, b));
-        V::store_i(dst + 64, byte_pair<16>(a, b));
-        V::store_i(dst + 128, byte_pair<8>(a, b));
-        V::store_i(dst + 192, byte_pair<0>(a, b));
+        V::store_i(dst, Pairs::template bytes<24>(a, b));
+        V::store_i(dst + 64, Pairs::template bytes<16>(a, b));
+        V::store_i(dst + 128, Pairs::template bytes<8>(a, b));
+        V::store_i(dst + 192, Pairs::template bytes<0>(a, b));
       }
     }
-  }
-  static typename V::I high(typename V::I x) { return V::and_i(x, static_cast<std::int32_t>(0xffff0000u)); }
-  template <int kShift>
-  static typename V::I byte_pair(typename V::I a, typename V::I b) {  // int8 -> bf16 is exact
-    return V::or_i(V::template shr<16>(widen<kShift>(a)), high(widen<kShift>(b)));
-  }
-  template <int kShift>
-  static typename V::I widen(typename V::I x) {
-    return V::as_i(V::to_f(V::template sar<24>(V::template shl<kShift>(x))));
   }
 
   // --- outer products ---

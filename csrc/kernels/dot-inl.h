@@ -34,6 +34,20 @@ struct F32Dot : Bf16Dot<V> {
   }
 };
 
+// Pairs of bf16 as they lie in the tile, both products at once.
+template <class V>
+struct Bf16PairDot : Bf16Dot<V> {
+  using Weights = typename V::I;
+  static constexpr int words = 1;
+  template <int w>
+  static Weights weights(const std::byte* row) {
+    return V::load_i(row);
+  }
+  static typename V::F mac(typename V::F acc, Weights w, const std::uint32_t* x) {
+    return V::dpbf16(acc, w, V::set_i(static_cast<std::int32_t>(*x)));
+  }
+};
+
 // int8 x int8 through int16 pairs: exact, and without the saturation of the byte-wise instruction.
 template <class V>
 struct Int8PairDot {

@@ -7,6 +7,7 @@
 template <class V, class Int8Dot>
 struct VectorGemm {
   using F = typename V::F;
+  using Products = std::conditional_t<V::kBf16Pairs, Bf16Products<V>, Fp32Products<V>>;
   static constexpr int kMaxBlockRows = 256;
 
   // So few rows of int4 (portable: and of block formats) are multiplied from registers; for more, weights are unpacked into cache.
@@ -19,31 +20,33 @@ struct VectorGemm {
   static std::size_t words_per_row(WeightFormat format, int k) {
     const FormatInfo& info = format_info(format);
     const int rows64 = ceil_div(k, info.k_step) * direct_steps(info) * 16;
-    return static_cast<std::size_t>(rows64) * (int8_products(format) ? Int8Dot::words : Bf16Dot<V>::words);
+    return static_cast<std::size_t>(rows64) * (int8_products(format) ? Int8Dot::words : Products::Stored::words);
   }
 
   // --- operands ---
 
-  static std::size_t operand_bytes(WeightFormat format, int m, int k) {
-    const std::size_t rows = static_cast<std::size_t>(m);
-    return rows * (words_per_row(format, k) * 4 + 8);  // 8: the scale and offset of int8, the power of two of FP8
+  static bool few_int4(WeightFormat format, int m) { return format == WeightFormat::int4 && m <= kFewRows; }
+  // The words of all rows; the scales and offsets of int8 lie behind them.
+  static std::size_t operand_words(WeightFormat format, int m, int k) {
+    const std::size_t quads = static_cast<std::size_t>(round_up(k, format_info(format).k_step)) / 4;
+    return static_cast<std::size_t>(m) * (few_int4(format, m) ? quads + quads / 4 : words_per_row(format, k));
   }
-
-  // fp32 words [group][column][row of the group], `padded` columns (a multiple of 16), each times column_scale if given.
-  static void pack_floats(RowSource rows, const float* column_scale, int m, int columns, int padded, float* dst) {
-    for (int r0 = 0; r0 < m; r0 += V::kRows) {
-      const int n = m - r0 < V::kRows ? m - r0 : V::kRows;
-      for (int j = 0; j < padded; j += 16) {
-        float x[V::kRows][16];
-        for (int r = 0; r < n; ++r) {
-          F v = load_row<V>(rows.row<bf16>(r0 + r), j, columns);
-          if (column_scale) v = V::mul(v, V::load(column_scale + j));
-          V::store(x[r], v);
-        }
-        for (int i = 0; i < 16; ++i)
-          for (int r = 0; r < n; ++r) *dst++ = x[r][i];
-      }
+  static std::size_t operand_bytes(WeightFormat format, int m, int k) {
+    switch (format) {
+#define KTMOE_FORMAT(id, traits) \
+  case WeightFormat::id:         \
+    break;
+#define KTMOE_BLOCK_FORMAT(id, traits)                                                                                  \
+  case WeightFormat::id:                                                                                                \
+    if constexpr (!V::kPlainLoops)                                                                                      \
+      if (m <= BlockFew<traits>::kMostRows)                                                                             \
+        return static_cast<std::size_t>(m) *                                                                            \
+               static_cast<std::size_t>(BlockFew<traits>::row_bytes(round_up(k, format_info(format).k_step)));          \
+    break;
+#include "format/formats.inc"
+#undef KTMOE_FORMAT
     }
+    return operand_words(format, m, k) * 4 + static_cast<std::size_t>(m) * 8;  // 8: the scale and offset of int8
   }
 
   static void pack_operand(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, std::byte* dst) {
@@ -61,10 +64,10 @@ struct VectorGemm {
 #undef KTMOE_FORMAT
     }
     if (!int8_products(format)) {
-      pack_floats(rows, nullptr, m, k, padded, reinterpret_cast<float*>(dst));
+      Products::pack(rows, m, k, padded, dst);
       return;
     }
-    if (format == WeightFormat::int4 && m <= kFewRows) return pack_few_int4(rows, row_scale, m, k, padded, dst);
+    if (few_int4(format, m)) return pack_few_int4(rows, row_scale, m, k, padded, dst);
     if (m <= kFewRows)
       pack_int8<Int8Few>(format, rows, row_scale, m, k, padded, dst);
     else
@@ -74,7 +77,7 @@ struct VectorGemm {
   template <class Dot>
   static void pack_int8(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, int padded, std::byte* dst) {
     auto* words = reinterpret_cast<std::uint32_t*>(dst);
-    auto* scale = reinterpret_cast<float*>(words + static_cast<std::size_t>(m) * words_per_row(format, k));
+    auto* scale = reinterpret_cast<float*>(words + operand_words(format, m, k));
     auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
     for (int r0 = 0; r0 < m; r0 += V::kRows) {
       const int n = m - r0 < V::kRows ? m - r0 : V::kRows;
@@ -94,11 +97,11 @@ struct VectorGemm {
     }
   }
 
-  // What mac_int4 reads, in the place of the words; the scales lie where they always do.
+  // What mac_int4 reads, in the place of the words: int8 quads, then the sums of blocks.
   static void pack_few_int4(RowSource rows, const float* row_scale, int m, int k, int padded, std::byte* dst) {
     auto* words = reinterpret_cast<std::uint32_t*>(dst);
     std::uint32_t* minus_sum = words + padded / 4 * m;
-    auto* scale = reinterpret_cast<float*>(words + static_cast<std::size_t>(m) * words_per_row(WeightFormat::int4, k));
+    auto* scale = reinterpret_cast<float*>(words + operand_words(WeightFormat::int4, m, k));
     auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
     for (int r = 0; r < m; ++r) {
       const std::int8_t* x = rows.row<std::int8_t>(r);
@@ -113,23 +116,17 @@ struct VectorGemm {
     }
   }
 
-  static std::size_t grad_operand_bytes(int m, int n_panels) {
-    return static_cast<std::size_t>(m) * static_cast<std::size_t>(n_panels) * kPanelColumns * 4;
-  }
+  static std::size_t grad_words(int n_panels) { return static_cast<std::size_t>(n_panels) * kPanelColumns / Products::kPerWord; }
+  static std::size_t grad_operand_bytes(int m, int n_panels) { return static_cast<std::size_t>(m) * grad_words(n_panels) * 4; }
   static void pack_grad_operand(RowSource dy, const float* column_scale, int m, int columns, int n_panels, std::byte* dst) {
-    pack_floats(dy, column_scale, m, columns, n_panels * kPanelColumns, reinterpret_cast<float*>(dst));
+    Products::pack_grad(dy, column_scale, m, columns, n_panels * kPanelColumns, dst);
   }
+  static int outer_steps(int m) { return ceil_div(m, 16 * Products::kPerWord); }
   static std::size_t outer_operand_bytes(int m, int p_columns) {
-    return static_cast<std::size_t>(round_up(m, 16)) * static_cast<std::size_t>(p_columns) * 4;
+    return static_cast<std::size_t>(outer_steps(m)) * 16 * static_cast<std::size_t>(p_columns) * 4;
   }
-  // The transposed roles of pack_floats: groups of columns of P, [row of P][column of the group], rows padded to 16 with zeros.
   static void pack_outer_operand(const bf16* p, std::ptrdiff_t ld, int m, int p_columns, std::byte* dst) {
-    auto* out = reinterpret_cast<float*>(dst);
-    for (int i0 = 0; i0 < p_columns; i0 += V::kRows) {
-      const int n = p_columns - i0 < V::kRows ? p_columns - i0 : V::kRows;
-      for (int t = 0; t < round_up(m, 16); ++t)
-        for (int i = 0; i < n; ++i) *out++ = t < m ? to_float(p[t * ld + i0 + i]) : 0.0f;
-    }
+    Products::pack_outer(p, ld, m, p_columns, dst);
   }
 
   // --- forward ---
@@ -137,7 +134,7 @@ struct VectorGemm {
   static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
     switch (w.layout().format) {
       case WeightFormat::bf16:
-        return forward_steps<Bf16Dot<V>>(operand, m, w, p0, p1, c, accumulate);
+        return forward_steps<typename Products::Stored>(operand, m, w, p0, p1, c, accumulate);
       case WeightFormat::int8:
         if (m <= kFewRows)
           forward_steps<Int8Few>(operand, m, w, p0, p1, c, false);
@@ -148,7 +145,7 @@ struct VectorGemm {
         if (m <= kFewRows)
           forward_few_int4(operand, m, w, p0, p1, c);
         else
-          forward_unpacked(operand, m, w, p0, p1, c);
+          forward_unpacked<InCache<Int8Dot>>(operand, m, w, p0, p1, c, false);
         return scale_int8(operand, m, w, p0, p1, c);
 #define KTMOE_FORMAT(id, traits)
 #define KTMOE_BLOCK_FORMAT(id, traits)                                        \
@@ -158,7 +155,10 @@ struct VectorGemm {
 #include "format/formats.inc"
 #undef KTMOE_FORMAT
     }
-    forward_floats(operand, m, w, p0, p1, c, accumulate);
+    if constexpr (V::kBf16Pairs)
+      forward_unpacked<typename Products::Cached>(operand, m, w, p0, p1, c, accumulate);
+    else
+      forward_floats(operand, m, w, p0, p1, c, accumulate);
   }
 
   static void forward_few_int4(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
@@ -188,20 +188,22 @@ struct VectorGemm {
     return true;
   }
 
-  // int4: each step block becomes int8 tiles once, then all rows pass by.
-  static void forward_unpacked(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
+  // Each step block becomes direct tiles once, then all rows pass by.
+  template <class Dot>
+  static void forward_unpacked(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
     alignas(64) std::byte tiles[kStepBlockBytes];
     const PackedLayout& l = w.layout();
+    const int all = l.k_steps * direct_steps(format_info(l.format));
     for (int p = p0; p < p1; ++p, c += c_block_floats(m))
-      for (int s = 0; s < l.k_steps; s += kStepBlock) {
-        const int steps = l.k_steps - s < kStepBlock ? l.k_steps - s : kStepBlock;
+      for (int s = 0; s < all; s += kStepBlock) {
+        const int steps = all - s < kStepBlock ? all - s : kStepBlock;
         for (int i = 0; i < 2 * steps; ++i) Unpack<V>::tile(w, p, i % 2, s + i / 2, tiles + i * kTileBytes);
-        mac_rows<V, InCache<Int8Dot>>(tiles, 2 * kTileBytes, kTileBytes, 2, s, steps, reinterpret_cast<const std::uint32_t*>(operand),
-                                      words_per_row(l.format, l.k), m, c, kPanelColumns, s > 0);
+        mac_rows<V, Dot>(tiles, 2 * kTileBytes, kTileBytes, 2, s, steps, reinterpret_cast<const std::uint32_t*>(operand),
+                         words_per_row(l.format, l.k), m, c, kPanelColumns, accumulate || s > 0);
       }
   }
 
-  // Block formats: the same with floats, which need no rounding to bf16 here. 128 k of a panel are 16 KB.
+  // Block formats where products are fp32: the same with floats, which need no rounding to bf16. 128 k of a panel are 16 KB.
   static void forward_floats(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
     constexpr int kSpans = 4, kSpanFloats = 32 * 16;
     alignas(64) float rows[2][kSpans * kSpanFloats];
@@ -233,7 +235,7 @@ struct VectorGemm {
   // int32 sums -> fp32, in place: (sum * row scale) * column scale.
   static void scale_int8(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
     const PackedLayout& l = w.layout();
-    const auto* scale = reinterpret_cast<const float*>(operand + static_cast<std::size_t>(m) * words_per_row(l.format, l.k) * 4);
+    const auto* scale = reinterpret_cast<const float*>(operand) + operand_words(l.format, m, l.k);
     const auto* offset = reinterpret_cast<const std::int32_t*>(scale + m);
     scale_int8(scale, offset, m, w, p0, p1, c);
   }
@@ -250,8 +252,8 @@ struct VectorGemm {
   }
 
   // --- backward ---
-  // A tile is transposed and widened in L1 to rows of constant n: [tile i of the k-words][n 16][16 floats], lane j = word j of the
-  // tile, so a row holds k = per_word * j + i. mac() then contracts over n; the k order is restored at the end.
+  // A panel's two tiles of a k-step are transposed and widened in L1 (Products::expand): rows of constant n, lane j = word j of the
+  // tile, so that part i of the words holds k = kWords * j + i. mac() then contracts over n; the k order is restored at the end.
 
   static void backward(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
     const int per_tile = direct_steps(format_info(w.layout().format));
@@ -264,18 +266,23 @@ struct VectorGemm {
   // Direct k-steps [s0, s1).
   template <int kWords>
   static void backward_steps(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
-    constexpr int kPanels = 8 / kWords;  // a round expands 16 KB, half of a small L1
-    alignas(64) std::byte expanded[kPanels * 2 * kWords * kTileBytes];
+    constexpr int kSteps = 2 / Products::kPerWord;      // steps of mac() in a panel
+    constexpr int kPanels = 16 / (kSteps * kWords);     // a round expands 16 KB, half of a small L1
+    constexpr std::size_t kPanelBytes = kSteps * kWords * kTileBytes;
+    alignas(64) std::byte expanded[kPanels * kPanelBytes];
     alignas(64) float planes[kMaxBlockRows * 16 * kWords];
     const int n_panels = w.layout().n_panels;
-    const std::size_t words = static_cast<std::size_t>(n_panels) * kPanelColumns;
     for (int s = s0; s < s1; ++s) {
       for (int p = 0; p < n_panels; p += kPanels) {
         const int panels = n_panels - p < kPanels ? n_panels - p : kPanels;
-        for (int i = 0; i < 2 * panels; ++i)
-          expand_transposed<kWords>(w, p + i / 2, i % 2, s, s + 1 < s1, expanded + static_cast<std::size_t>(i) * kWords * kTileBytes);
-        mac_rows<V, F32Dot<V>>(expanded, kWords * kTileBytes, kTileBytes, kWords, 2 * p, 2 * panels,
-                               reinterpret_cast<const std::uint32_t*>(operand), words, m, planes, 16 * kWords, p > 0);
+        for (int i = 0; i < panels; ++i) {
+          alignas(64) std::byte rows[2][kTileBytes];
+          for (int t = 0; t < 2; ++t) transposed_tile(w, p + i, t, s, s + 1 < s1, rows[t]);
+          Products::template expand<kWords>(rows[0], rows[1], expanded + static_cast<std::size_t>(i) * kPanelBytes);
+        }
+        mac_rows<V, typename Products::Cached>(expanded, kWords * kTileBytes, kTileBytes, kWords, kSteps * p, kSteps * panels,
+                                               reinterpret_cast<const std::uint32_t*>(operand), grad_words(n_panels), m, planes,
+                                               16 * kWords, p > 0);
       }
       for (int r = 0; r < m; ++r) {
         const float* plane = planes + r * 16 * kWords;
@@ -285,9 +292,7 @@ struct VectorGemm {
     }
   }
 
-  template <int kWords>
-  static void expand_transposed(const PackedMatrix& w, int p, int t, int step, bool more, std::byte* dst) {
-    alignas(64) std::byte rows[kTileBytes];
+  static void transposed_tile(const PackedMatrix& w, int p, int t, int step, bool more, std::byte* rows) {
     if (w.layout().format == w.layout().direct()) {
       const std::byte* tile = w.tile(p, t, step);
       if (more)  // the next k-step walks over all panels again, 2 KB further on in each: too far apart for the hardware to foresee
@@ -296,20 +301,6 @@ struct VectorGemm {
     } else {
       Unpack<V>::tile(w, p, t, step, rows);
       V::transpose16(rows, 64, rows);
-    }
-    for (int n = 0; n < 16; ++n) {
-      const auto word = V::load_i(rows + 64 * n);
-      auto* out = reinterpret_cast<float*>(dst + 64 * n);
-      constexpr int kPlane = kTileBytes / 4;
-      if constexpr (kWords == 2) {
-        V::store(out, V::as_f(V::template shl<16>(word)));
-        V::store(out + kPlane, V::as_f(V::and_i(word, static_cast<std::int32_t>(0xffff0000u))));
-      } else {
-        V::store(out, V::to_f(V::template sar<24>(V::template shl<24>(word))));
-        V::store(out + kPlane, V::to_f(V::template sar<24>(V::template shl<16>(word))));
-        V::store(out + 2 * kPlane, V::to_f(V::template sar<24>(V::template shl<8>(word))));
-        V::store(out + 3 * kPlane, V::to_f(V::template sar<24>(word)));
-      }
     }
   }
 
@@ -335,14 +326,12 @@ struct VectorGemm {
 
   static void outer(const std::byte* operand, int m, int p_columns, RowSource q, int q_tile_stride, int n_tiles, float* out,
                     std::ptrdiff_t ld_out, bool accumulate) {
-    alignas(64) std::byte expanded[kMaxBlockRows * 64];
-    const int steps = ceil_div(m, 16);
+    alignas(64) std::byte expanded[kMaxBlockRows * 64 / Products::kPerWord];
+    const int steps = outer_steps(m);
     for (int t = 0; t < n_tiles; ++t) {
-      for (int r = 0; r < steps * 16; ++r)
-        V::store(reinterpret_cast<float*>(expanded + 64 * r),
-                 r < m ? V::load_bf16(q.row<bf16>(r) + static_cast<std::ptrdiff_t>(t) * q_tile_stride) : V::set(0.0f));
-      mac_rows<V, F32Dot<V>>(expanded, kTileBytes, 0, 1, 0, steps, reinterpret_cast<const std::uint32_t*>(operand),
-                             static_cast<std::size_t>(steps) * 16, p_columns, out + 16 * t, ld_out, accumulate);
+      Products::outer_rows(q, m, static_cast<std::ptrdiff_t>(t) * q_tile_stride, expanded);
+      mac_rows<V, typename Products::Cached>(expanded, kTileBytes, 0, 1, 0, steps, reinterpret_cast<const std::uint32_t*>(operand),
+                                             static_cast<std::size_t>(steps) * 16, p_columns, out + 16 * t, ld_out, accumulate);
     }
   }
 };

@@ -4,6 +4,7 @@ struct Vec {
   using F = __m512;
   using I = __m512i;
   static constexpr bool kPlainLoops = false;  // no unrolled instruction sequences
+  static constexpr bool kBf16Pairs = false;
   static constexpr bool kSignedBytes = false;
   static constexpr bool kInOrder = false;  // see weight_order-inl.h
   static constexpr int kAhead = 4096;

@@ -11,6 +11,7 @@ struct Vec {
     std::int32_t v[16];
   };
   static constexpr bool kPlainLoops = true;  // no unrolled instruction sequences
+  static constexpr bool kBf16Pairs = false;
   static constexpr bool kSignedBytes = false;
   static constexpr bool kInOrder = true;
   static constexpr int kAhead = 0;

@@ -5,6 +5,7 @@
 #include "kernels/dot-inl.h"
 #include "kernels/weight_order-inl.h"
 #include "kernels/row_groups-inl.h"
+#include "kernels/products-inl.h"
 #include "kernels/block_dot-inl.h"
 #include "kernels/fp8_dot-inl.h"
 #include "kernels/mac-inl.h"

@@ -1,4 +1,4 @@
-// For tests on hosts without AMX: the tile algorithm on software tiles and portable vectors. Never chosen by itself.
+// For tests on hosts without AMX: the tile algorithm and its operands on software tiles and portable vectors. Never chosen by itself.
 #include <initializer_list>
 #include <limits>
 #include <type_traits>
@@ -8,14 +8,15 @@
 
 namespace ktmoe {
 namespace emulated_amx {
+// clang-format off: each part needs the ones before it
 #include "kernels/vec_portable.h"
+#include "kernels/vec_emulated.h"
 #include "kernels/vector-inl.h"
-// clang-format off: it needs the ones before it
 #include "kernels/tiles_software.h"
 #include "kernels/amx-inl.h"
 // clang-format on
-using Gemm = TileGemm<Vec, SoftwareTiles, VectorGemm<Vec, Int8PairDot<Vec>>>;
-constexpr KernelTable table = make_table<Gemm, Vec>(Isa::emulated_amx, 256);
+using Gemm = TileGemm<EmulatedVec, SoftwareTiles, VectorGemm<EmulatedVec, Int8VnniDot<EmulatedVec>>>;
+constexpr KernelTable table = make_table<Gemm, EmulatedVec>(Isa::emulated_amx, 256);
 }  // namespace emulated_amx
 
 const KernelTable& emulated_amx_kernels() {

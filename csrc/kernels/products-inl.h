@@ -1,0 +1,179 @@
+// How vector GEMMs multiply numbers that are not int8: as fp32, or as pairs of bf16 where one instruction does both (V::kBf16Pairs).
+// Each kind says what the words of its operands and the rows of its expanded weights hold:
+//   kPerWord      numbers that a word contracts over: 1 or 2
+//   Stored        the Dot for bf16 tiles as they lie in memory
+//   Cached        the Dot for what `expand` and `outer_rows` make
+//   pack, pack_grad, pack_outer   operands: groups of V::kRows rows (pack_outer: columns), each [word][row of the group]
+//   expand        a panel's k-step, transposed, for the way back
+//   outer_rows    the rows of Q
+// Include inside the namespace of a level, after dot-inl.h and row_groups-inl.h.
+
+// 16 words of each of n <= 16 rows (64 bytes apart at x, all 16 readable) -> [word][row]; returns the end.
+template <class V>
+inline std::uint32_t* interleave(const void* x, int n, std::uint32_t* dst) {
+  alignas(64) std::uint32_t t[16][16];
+  V::transpose16(x, 64, t);
+  if (n == V::kRows) {  // a copy of known size
+    for (int i = 0; i < 16; ++i) std::memcpy(dst + i * V::kRows, t[i], 4 * V::kRows);
+  } else {
+    for (int i = 0; i < 16; ++i) std::memcpy(dst + i * n, t[i], 4 * static_cast<std::size_t>(n));
+  }
+  return dst + 16 * n;
+}
+
+// Groups of V::kRows rows, 16 words at a time: load(row, i) gives words 16i .. 16i + 15.
+template <class V, class Load>
+inline void interleave_groups(int m, int words, std::byte* dst, Load load) {
+  auto* out = reinterpret_cast<std::uint32_t*>(dst);
+  alignas(64) std::byte x[16 * 64] = {};
+  for (int r0 = 0; r0 < m; r0 += V::kRows) {
+    const int n = m - r0 < V::kRows ? m - r0 : V::kRows;
+    for (int i = 0; i < words / 16; ++i) {
+      for (int r = 0; r < n; ++r) V::store_i(x + 64 * r, load(r0 + r, i));
+      out = interleave<V>(x, n, out);
+    }
+  }
+}
+
+// 16 columns of a row of dY from column j, each times its scale if there is one.
+template <class V>
+inline typename V::F load_grad(const bf16* row, const float* column_scale, int j, int columns) {
+  const typename V::F x = load_row<V>(row, j, columns);
+  return column_scale ? V::mul(x, V::load(column_scale + j)) : x;
+}
+
+template <class V>
+struct Fp32Products {
+  static constexpr int kPerWord = 1;
+  using Stored = Bf16Dot<V>;
+  using Cached = F32Dot<V>;
+
+  static void pack(RowSource rows, int m, int columns, int padded, std::byte* dst) { pack_grad(rows, nullptr, m, columns, padded, dst); }
+  static void pack_grad(RowSource dy, const float* column_scale, int m, int columns, int padded, std::byte* dst) {
+    interleave_groups<V>(m, padded, dst,
+                         [&](int r, int i) { return V::as_i(load_grad<V>(dy.row<bf16>(r), column_scale, 16 * i, columns)); });
+  }
+  // [row of P][column of the group], rows padded to 16 with zeros.
+  static void pack_outer(const bf16* p, std::ptrdiff_t ld, int m, int p_columns, std::byte* dst) {
+    auto* out = reinterpret_cast<float*>(dst);
+    for (int i0 = 0; i0 < p_columns; i0 += V::kRows) {
+      const int n = p_columns - i0 < V::kRows ? p_columns - i0 : V::kRows;
+      for (int t = 0; t < round_up(m, 16); ++t)
+        for (int i = 0; i < n; ++i) *out++ = t < m ? to_float(p[t * ld + i0 + i]) : 0.0f;
+    }
+  }
+
+  // Transposed tiles a, b (rows of constant n, word j = word j of the tile) -> [tile][word part i][n][16 floats]: k = kWords * j + i.
+  template <int kWords>
+  static void expand(const std::byte* a, const std::byte* b, std::byte* dst) {
+    expand_tile<kWords>(a, dst);
+    expand_tile<kWords>(b, dst + kWords * kTileBytes);
+  }
+
+  static void outer_rows(RowSource q, int m, std::ptrdiff_t column, std::byte* dst) {
+    for (int r = 0; r < round_up(m, 16); ++r)
+      V::store(reinterpret_cast<float*>(dst + 64 * r), r < m ? V::load_bf16(q.row<bf16>(r) + column) : V::set(0.0f));
+  }
+
+ private:
+  template <int kWords>
+  static void expand_tile(const std::byte* rows, std::byte* dst) {
+    constexpr int kPlane = kTileBytes / 4;
+    for (int n = 0; n < 16; ++n) {
+      const auto word = V::load_i(rows + 64 * n);
+      auto* out = reinterpret_cast<float*>(dst + 64 * n);
+      if constexpr (kWords == 2) {
+        V::store(out, V::as_f(V::template shl<16>(word)));
+        V::store(out + kPlane, V::as_f(V::and_i(word, static_cast<std::int32_t>(0xffff0000u))));
+      } else {
+        V::store(out, V::to_f(V::template sar<24>(V::template shl<24>(word))));
+        V::store(out + kPlane, V::to_f(V::template sar<24>(V::template shl<16>(word))));
+        V::store(out + 2 * kPlane, V::to_f(V::template sar<24>(V::template shl<8>(word))));
+        V::store(out + 3 * kPlane, V::to_f(V::template sar<24>(word)));
+      }
+    }
+  }
+};
+
+// Lanes of a and b side by side as pairs of bf16, for numbers that are bf16 or less already.
+template <class V>
+struct LanePairs {
+  using I = typename V::I;
+  static I low(I a, I b) { return V::or_i(V::and_i(a, 0xffff), V::template shl<16>(b)); }
+  static I high(I a, I b) { return V::or_i(V::template shr<16>(a), upper(b)); }
+  // Byte 3 - kShift / 8 of each, as int8.
+  template <int kShift>
+  static I bytes(I a, I b) {
+    return high(widen<kShift>(a), widen<kShift>(b));
+  }
+
+ private:
+  static I upper(I x) { return V::and_i(x, static_cast<std::int32_t>(0xffff0000u)); }
+  template <int kShift>
+  static I widen(I x) {
+    return V::as_i(V::to_f(V::template sar<24>(V::template shl<kShift>(x))));
+  }
+};
+
+template <class V>
+struct Bf16Products {
+  static constexpr int kPerWord = 2;
+  using Stored = Bf16PairDot<V>;
+  using Cached = InCache<Bf16PairDot<V>>;
+
+  // Words are pairs of consecutive k, as they lie in the rows.
+  static void pack(RowSource rows, int m, int columns, int padded, std::byte* dst) {
+    interleave_groups<V>(m, padded / 2, dst, [&](int r, int i) {
+      const bf16* row = rows.row<bf16>(r);
+      if (32 * i + 32 <= columns) return V::load_i(row + 32 * i);
+      alignas(64) bf16 tail[32] = {};
+      if (32 * i < columns) std::memcpy(tail, row + 32 * i, 2 * static_cast<std::size_t>(columns - 32 * i));
+      return V::load_i(tail);
+    });
+  }
+  // Words are pairs of columns 16 apart in a panel: word 16p + j holds (dY[32p + j], dY[32p + 16 + j]).
+  static void pack_grad(RowSource dy, const float* column_scale, int m, int columns, int padded, std::byte* dst) {
+    interleave_groups<V>(m, padded / 2, dst, [&](int r, int p) {
+      const bf16* row = dy.row<bf16>(r);
+      return V::bf16_pairs(load_grad<V>(row, column_scale, 32 * p, columns), load_grad<V>(row, column_scale, 32 * p + 16, columns));
+    });
+  }
+  // [pair of rows of P][column of the group], rows padded to 32 with zeros.
+  static void pack_outer(const bf16* p, std::ptrdiff_t ld, int m, int p_columns, std::byte* dst) {
+    auto* out = reinterpret_cast<std::uint32_t*>(dst);
+    for (int i0 = 0; i0 < p_columns; i0 += V::kRows) {
+      const int n = p_columns - i0 < V::kRows ? p_columns - i0 : V::kRows;
+      for (int t = 0; t < round_up(m, 32); t += 2)
+        for (int i = 0; i < n; ++i) *out++ = bits(p, ld, m, t, i0 + i) | bits(p, ld, m, t + 1, i0 + i) << 16;
+    }
+  }
+
+  // Transposed tiles a, b -> [word part i][n][16 pairs (a, b)].
+  template <int kWords>
+  static void expand(const std::byte* a, const std::byte* b, std::byte* dst) {
+    using Pairs = LanePairs<V>;
+    for (int n = 0; n < 16; ++n, dst += 64) {
+      const auto x = V::load_i(a + 64 * n), y = V::load_i(b + 64 * n);
+      if constexpr (kWords == 2) {
+        V::store_i(dst, Pairs::low(x, y));
+        V::store_i(dst + kTileBytes, Pairs::high(x, y));
+      } else {
+        V::store_i(dst, Pairs::template bytes<24>(x, y));
+        V::store_i(dst + kTileBytes, Pairs::template bytes<16>(x, y));
+        V::store_i(dst + 2 * kTileBytes, Pairs::template bytes<8>(x, y));
+        V::store_i(dst + 3 * kTileBytes, Pairs::template bytes<0>(x, y));
+      }
+    }
+  }
+
+  static void outer_rows(RowSource q, int m, std::ptrdiff_t column, std::byte* dst) {
+    static constexpr std::uint16_t kZero[16] = {};
+    for (int r = 0; r < round_up(m, 32); r += 2, dst += 64)
+      V::store_i(dst, V::zip16(r < m ? q.row<std::uint16_t>(r) + column : kZero, r + 1 < m ? q.row<std::uint16_t>(r + 1) + column : kZero));
+  }
+
+ private:
+  static std::uint32_t bits(const bf16* p, std::ptrdiff_t ld, int m, int t, int i) {
+    return t < m ? std::uint32_t{reinterpret_cast<const std::uint16_t*>(p)[t * ld + i]} : 0;
+  }
+};
