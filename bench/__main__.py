@@ -7,8 +7,8 @@
     python -m bench engine                            the engine under load instead: see bench/engine.py
     python -m bench --python kt=VENV/bin/python --python llamacpp=VENV/bin/python
 
-floor = max(operations / peak, bytes of the touched experts / DRAM read bandwidth), both measured in the same run. In
-training, forward and backward have a floor each. Errors are relative L2 against float64 on the original bf16 weights.
+floor = max(operations / peak, bytes of the touched experts / DRAM read bandwidth), both measured in the same run, the
+bandwidth in every round beside the implementations (it changes where other machines share the memory). In training, forward and backward have a floor each. Errors are relative L2 against float64 on the original bf16 weights.
 Writes bench.json and roofline.png to --out; engine.json with `engine`.
 """
 
@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ import torch
 import ktmoe
 from bench import arguments, cells, costs, engine, engine_report, limits, report
 from bench.arguments import Arguments, Plan
-from bench.floors import better_of
+from bench.floors import best, better_of
 from bench.problem import LORA_RANK, SHAPES, Shape
 from bench.runner import Outcome, Pace, problem_files, running, say, time_cell
 from ktmoe import _ext
@@ -46,9 +47,16 @@ def measure_limits(args: Arguments) -> list[limits.Limit]:
         return []
 
 
-def run_shapes(args: Arguments, plan: Plan, pace: Pace) -> Iterator[Outcome]:
+def read_rate(args: Arguments) -> float:
+    """GB/s of DRAM now."""
+    reads = limits.measure(args.options.threads, args.options.read_bytes, read_only=True)
+    return best(reads, "read").median
+
+
+def run_shapes(args: Arguments, plan: Plan, pace: Pace, *, with_limits: bool) -> Iterator[Outcome]:
     """One outcome a shape; the first shape's workers also say what the public interface costs."""
     names = plan.ours + plan.peers
+    reading = partial(read_rate, args) if with_limits else None
     for index, name in enumerate(dict.fromkeys(cell.shape for cell in plan.cells)):
         sizes = sorted({cell.tokens for cell in plan.cells if cell.shape == name})
         shape = cells.fitted(SHAPES[name], names, limits.available_memory(), args.options.experts)
@@ -56,7 +64,7 @@ def run_shapes(args: Arguments, plan: Plan, pace: Pace) -> Iterator[Outcome]:
         with problem_files(shape, sft=outcome.sft) as folder:
             with running(outcome, folder, names, args.launches, pace, max(sizes)) as workers:
                 for tokens in sizes:
-                    time_cell(workers, outcome, tokens, pace)
+                    time_cell(workers, outcome, tokens, pace, reading)
                 if index == 0 and not args.options.cells_only:
                     costs.time_wrapper(workers, outcome, pace)
             if outcome.sft and not args.options.cells_only:
@@ -116,10 +124,10 @@ def results(args: Arguments, pace: Pace, started: float) -> dict[str, Any]:
     outcomes: list[Outcome] = []
     for plan in args.plans:
         say(f"mode {plan.mode}")
-        outcomes += run_shapes(args, plan, pace)
+        outcomes += run_shapes(args, plan, pace, with_limits=bool(before))
         outcomes += run_overhead(args, plan, pace)
     after = measure_limits(args) if before else []
-    best = better_of(before, after)
+    peaks = better_of(before, after)
     return {
         **head(args, pace, started, [plan.mode for plan in args.plans]),
         "limits": {
@@ -129,7 +137,7 @@ def results(args: Arguments, pace: Pace, started: float) -> dict[str, Any]:
         },
         "shapes": [{"mode": o.mode, **asdict(o.shape)} for o in outcomes],
         "implementations": [o.row(name, **v) for o in outcomes for name, v in o.loaded.items()],
-        "cells": [row for o in outcomes for row in report.rows_of(o, best)],
+        "cells": [row for o in outcomes for row in report.rows_of(o, peaks)],
         "overhead": [row for o in outcomes for row in o.overhead],
         "wrapper": [row for o in outcomes for row in o.wrapper],
         "memory": [row for o in outcomes for row in o.memory],
@@ -205,9 +213,9 @@ def main(argv: list[str] | None = None) -> int:
     if with_floor:
         from bench import plot
 
-        best = better_of(*([limits.Limit(**x) for x in data["limits"][key]] for key in ("before", "after")))
+        peaks = better_of(*([limits.Limit(**x) for x in data["limits"][key]] for key in ("before", "after")))
         title = f"{data['machine']['cpu']}, {args.options.threads} threads"
-        plot.draw(with_floor, best, title, out / "roofline.png")
+        plot.draw(with_floor, peaks, title, out / "roofline.png")
         kept.append(out / "roofline.png")
     print(f"\nwritten: {', '.join(map(str, kept))}")
     return 0 if data["cells"] else 1

@@ -1,6 +1,6 @@
 // What this machine can do at most, one JSON line a test: {"name", "kind", "unit", "median", "min", "max"}.
 // kind: fp32, bf16, int8 (multiply and add counted as two operations) or read (DRAM).
-// Usage: limits THREADS BUFFER_BYTES. Compiled for the baseline; each test has its own target and runs if the CPU has it.
+// Usage: limits THREADS BUFFER_BYTES [read]; "read": that kind alone. Compiled for the baseline; each test has its own target and runs if the CPU has it.
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -260,9 +260,9 @@ int main(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1]) : 0;
   const size_t bytes = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
   if (threads < 1 || bytes < size_t(threads) * 4096) {
-    std::fprintf(stderr, "usage: limits THREADS BUFFER_BYTES (at least a page a thread)\n");
+    std::fprintf(stderr, "usage: limits THREADS BUFFER_BYTES [read] (at least a page a thread)\n");
     return 2;
   }
-  compute_tests(threads);
+  if (argc <= 3) compute_tests(threads);
   return read_tests(threads, bytes) ? 0 : 1;
 }

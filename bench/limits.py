@@ -79,12 +79,14 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def measure(threads: int, read_bytes: int | None = None) -> list[Limit]:
-    """Runs every test that this CPU has, on `threads` threads. NoCompilerError if the program cannot be built."""
+def measure(threads: int, read_bytes: int | None = None, *, read_only: bool = False) -> list[Limit]:
+    """Runs every test that this CPU has, or those of reading, on `threads` threads.
+
+    NoCompilerError if the program cannot be built.
+    """
     program = compile_native(SOURCE)
-    run = subprocess.run(
-        [str(program), str(threads), str(read_bytes or buffer_bytes())], capture_output=True, text=True
-    )
+    arguments = [str(threads), str(read_bytes or buffer_bytes()), *(["read"] if read_only else [])]
+    run = subprocess.run([str(program), *arguments], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{program} failed with status {run.returncode}: {run.stderr.strip()}")
     return [Limit(**json.loads(line)) for line in run.stdout.splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,11 +36,19 @@ def rows_of(outcome: Outcome, limits: Sequence[Limit]) -> list[dict[str, Any]]:
         if limits and loaded["packed_bytes"]:
             read = loaded["packed_bytes"] / shape.experts * touched[tokens]
             method = name.partition(":")[2].partition("?")[0]
-            floor = floor_of(limits, method, shape.flops(tokens), read, backward=pass_ == "backward")
+            floor = floor_of(_now(limits, outcome.reads.get(tokens)), method, shape.flops(tokens), read, backward=pass_ == "backward")
             row |= {"floor": floor.to_json(), "fraction": floor.ms / row["ms"]}
         rows.append(row)
     compare(rows)
     return rows
+
+
+def _now(limits: Sequence[Limit], reads: Sequence[float] | None) -> list[Limit]:
+    """The limits, with the bandwidth that was there while a cell was measured."""
+    if not reads:
+        return list(limits)
+    here = Limit("read, beside the cell", "read", "GB/s", statistics.median(reads), min(reads), max(reads))
+    return [*(x for x in limits if x.kind != "read"), here]
 
 
 def _number(value: float | None, digits: int = 3) -> str:

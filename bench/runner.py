@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,6 +99,8 @@ class Outcome:
     shape: Shape
     loaded: dict[str, dict[str, Any]] = field(default_factory=dict)
     samples: dict[tuple[str, int, str], list[float]] = field(default_factory=dict)
+    reads: dict[int, list[float]] = field(default_factory=dict)
+    """GB/s of DRAM by tokens, measured in each round beside the implementations; empty where it cannot be."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     overhead: list[dict[str, Any]] = field(default_factory=list)
     wrapper: list[dict[str, Any]] = field(default_factory=list)
@@ -167,8 +169,13 @@ def running(
             worker.close()
 
 
-def time_cell(workers: dict[str, Worker], outcome: Outcome, tokens: int, pace: Pace) -> None:
-    """All rounds of one cell. Every other round goes backwards through the implementations."""
+def time_cell(
+    workers: dict[str, Worker], outcome: Outcome, tokens: int, pace: Pace, read_rate: Callable[[], float] | None
+) -> None:
+    """All rounds of one cell. Every other round goes backwards through the implementations.
+
+    `read_rate` measures the DRAM bandwidth: on a shared machine it may change within minutes, so every round asks.
+    """
     say(f"  {tokens} tokens")
     live = []
     for worker in workers.values():
@@ -177,6 +184,8 @@ def time_cell(workers: dict[str, Worker], outcome: Outcome, tokens: int, pace: P
         else:
             live.append(worker)
     for round_ in range(pace.rounds):
+        if read_rate:
+            outcome.reads.setdefault(tokens, []).append(read_rate())
         for worker in live[:: -1 if round_ % 2 else 1]:
             time.sleep(PAUSE_S)
             warm = 1 if round_ == 0 or tokens <= 256 else 0

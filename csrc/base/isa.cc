@@ -72,6 +72,7 @@ Probe probe() {
   add("avx512dq", b7 >> 17 & 1, zmm);
   add("avx512bw", b7 >> 30 & 1, zmm);
   add("avx512vl", b7 >> 31 & 1, zmm);
+  add("avx512vbmi", c7 >> 1 & 1, zmm);
   add("avx512vnni", c7 >> 11 & 1, zmm);
   add("avx512bf16", a71 >> 5 & 1, zmm);
   add("fast_avx512bf16", (a71 >> 5 & 1) && amd, zmm);  // twice as fast as fp32 there, half as fast on Intel's
@@ -97,7 +98,7 @@ std::vector<const char*> needs(Isa isa) {
     case Isa::amx:
       return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni", "amx_tile", "amx_bf16", "amx_int8"};
     case Isa::avx512bf16:
-      return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16"};
+      return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi", "avx512bf16"};
     case Isa::avx512vnni:
       return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni"};
     case Isa::avx512:

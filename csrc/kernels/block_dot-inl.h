@@ -3,20 +3,23 @@
 //   w x ~ sum over spans of  x_scale * (scale * sum(q x8) - shift * sum(x8))        scale and shift of BlockWeights
 //   operand of a group of R rows: x8 [k / 4][R], words in the order in which the levels leave theirs (signed levels: as Signed has
 //   them); then kSpanScales per span and row: x_scale, and for unsigned levels x_scale * sum(x8), of each 16 k apart where these have a
-//   scale of their own
+//   scale of their own; for signed levels that VNNI takes as unsigned ones what their integer sum starts from
 // Include inside the namespace of a level, after unpack-inl.h, dot-inl.h, weight_order-inl.h and row_groups-inl.h.
 
 template <class V, class Fmt>
 struct BlockDot {
   using F = typename V::F;
   using I = typename V::I;
-  static constexpr int kMostRows = 16;  // beyond, exact fp32 products on unpacked weights are as fast
+  static constexpr int kGroup = V::kRows > 8 ? 8 : 4;
+  static constexpr int kMostRows = V::kVnni ? 32 : 16;  // beyond, exact activations times unpacked weights are about as fast
   static constexpr bool kUnsigned = Fmt::bits < 8 && !std::is_same_v<Fmt, Iq4NlFormat>;  // levels 0 .. 63 that maddubs takes
-  using Signed = std::conditional_t<V::kSignedBytes, Int8SignDot<V>, Int8PairDot<V>>;
+  using Signed = std::conditional_t<V::kVnni, Int8VnniDot<V>, std::conditional_t<V::kSignedBytes, Int8SignDot<V>, Int8PairDot<V>>>;
   static constexpr int kSpanWords = kUnsigned ? 8 : 8 * Signed::words;
   static constexpr bool kTwoScales = Fmt::bits == 6;  // one for each 16 k
-  static constexpr int kSpanScales = kTwoScales ? 3 : kUnsigned ? 2 : 1;
-  static constexpr bool kHalves = kUnsigned && Fmt::bits > 4;  // sums of 16 k apart
+  static constexpr bool kStart = !kUnsigned && Signed::unsigned_weights;  // integer sums start from -128 sum(x8)
+  static constexpr int kSpanScales = kTwoScales ? 3 : kUnsigned || kStart ? 2 : 1;
+  static constexpr bool kPairSums = kUnsigned && !V::kVnni && !kTwoScales;      // 16-bit sums, which `pairs` adds up
+  static constexpr bool kHalves = kTwoScales || (kPairSums && Fmt::bits > 4);  // sums of 16 k apart
   static constexpr int kSpanRows = Fmt::bits == 8 ? 8 : 4;     // 64-byte rows of levels in a span
 
   static int row_bytes(int padded) { return padded / 32 * (kSpanWords + kSpanScales) * 4; }
@@ -44,6 +47,8 @@ struct BlockDot {
           for (int i = 0; i < 2; ++i) own[1 + i] = own[0] * static_cast<float>(sum[i]);
         else if (kUnsigned)
           own[1] = own[0] * static_cast<float>(sum[0] + sum[1]);
+        else if (kStart)
+          reinterpret_cast<std::int32_t*>(own)[1] = -128 * (sum[0] + sum[1]);
       }
   }
 
@@ -81,13 +86,19 @@ struct BlockDot {
                                                              F (&sum)[R]) {
     const auto scales = BlockWeights<V, Fmt>::scales(tile, span);
     I half[2][R];  // sums of k < 16 and k >= 16, where they are apart; else all in the first
-    I part[R];     // 16-bit sums of unsigned levels, 32-bit ones of 6-bit and of signed levels
+    I part[R];     // 16-bit sums if kPairSums, else 32-bit ones
+    if constexpr (kStart)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) part[r] = V::set_i(reinterpret_cast<const std::int32_t*>(x_scales)[kSpanScales * r + 1]);
+    else
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) part[r] = V::set_i(0);
     products<R, 0>(tile, span, x, half, part);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const F x_scale = V::set(x_scales[kSpanScales * r]);
       auto x_sum = [&](int i) { return V::set(x_scales[kSpanScales * r + i]); };
-      const I whole = kHalves && !kTwoScales ? V::add_i(half[0][r], half[1][r]) : half[0][r];
+      const I whole = kHalves && kPairSums ? V::add_i(half[0][r], half[1][r]) : half[0][r];
       sum[r] = V::fma(V::mul(scales.scale[0], x_scale), V::to_f(whole), sum[r]);
       if constexpr (kTwoScales) {
         sum[r] = V::fma(V::mul(scales.scale[1], x_scale), V::to_f(half[1][r]), sum[r]);
@@ -108,40 +119,41 @@ struct BlockDot {
       ask_ahead<V, Fmt::bits != 8>(at);
       const I word = V::load_i(at);
       if constexpr (Fmt::bits == 8) {
-        signed_products<R, row == 0>(word, x + row * Signed::words * R, part);
+        signed_products<R>(word, x + row * Signed::words * R, part);
       } else {
         const I low = V::and_i(word, 0x0f0f0f0f), high = V::and_i(V::template shr<4>(word), 0x0f0f0f0f);
         if constexpr (std::is_same_v<Fmt, Iq4NlFormat>) {
-          signed_products<R, row == 0>(V::lookup_bytes(low, kIq4Values), x + 2 * row * Signed::words * R, part);
-          signed_products<R, false>(V::lookup_bytes(high, kIq4Values), x + (2 * row + 1) * Signed::words * R, part);
+          signed_products<R>(V::lookup_bytes(low, kIq4Values), x + 2 * row * Signed::words * R, part);
+          signed_products<R>(V::lookup_bytes(high, kIq4Values), x + (2 * row + 1) * Signed::words * R, part);
         } else {
           unsigned_products<R, row == 0 || (kHalves && row == 2), row>(tile, span, low, high, x + 2 * row * R, part);
         }
       }
       if constexpr (kHalves && row % 2 == 1) {
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) half[row / 2][r] = kTwoScales ? part[r] : pairs(part[r]);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) half[row / 2][r] = whole_sums(part[r]);
       }
       products<R, row + 1>(tile, span, x, half, part);
     } else if constexpr (!kHalves) {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) half[0][r] = kUnsigned ? pairs(part[r]) : part[r];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) half[0][r] = whole_sums(part[r]);
     }
   }
 
+  static inline __attribute__((always_inline)) I whole_sums(I part) { return kPairSums ? pairs(part) : part; }
   static inline __attribute__((always_inline)) I pairs(I sums16) { return V::madd(V::set_i(0), sums16, V::set_i(0x00010001)); }
 
-  template <int R, bool kFirst>
+  template <int R>
   static inline __attribute__((always_inline)) void signed_products(I levels, const std::uint32_t* x, I (&part)[R]) {
     const I first = Signed::template of<0>(levels), second = Signed::template of<Signed::words - 1>(levels);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      part[r] = Signed::mac(kFirst ? V::set_i(0) : part[r], first, x + r);
+      part[r] = Signed::mac(part[r], first, x + r);
       if constexpr (Signed::words == 2) part[r] = Signed::mac(part[r], second, x + R + r);
     }
   }
 
-  // In 16 bits: 4-bit levels over the span (8 products of pairs, 8 * 2 * 15 * 127 = 30480), 5-bit levels over 16 k (4 * 2 * 31 * 127 =
+  // VNNI sums in 32 bits. In 16 bits: 4-bit levels over the span (8 products of pairs, 8 * 2 * 15 * 127 = 30480), 5-bit levels over 16 k (4 * 2 * 31 * 127 =
   // 31496). 6-bit levels over one row (2 * 2 * 63 * 127 = 32004), then in 32 bits.
   template <int R, bool kFirst, int row>
   static inline __attribute__((always_inline)) void unsigned_products(const std::byte* tile, int span, I low, I high,
@@ -155,14 +167,17 @@ struct BlockDot {
       low = V::or_i(low, V::and_i(move_bit<V, 4 * (row % 2), 4>(bits), 0x30303030));
       high = V::or_i(high, V::and_i(move_bit<V, 4 * (row % 2) + 2, 4>(bits), 0x30303030));
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const I a = V::maddubs(low, V::set_i(static_cast<std::int32_t>(x[r])));
-      const I b = V::maddubs(high, V::set_i(static_cast<std::int32_t>(x[R + r])));
-      if constexpr (Fmt::bits == 6) {
-        part[r] = kFirst ? pairs(V::add16(a, b)) : V::add_i(part[r], pairs(V::add16(a, b)));
+      const I x_low = V::set_i(static_cast<std::int32_t>(x[r])), x_high = V::set_i(static_cast<std::int32_t>(x[R + r]));
+      if constexpr (V::kVnni) {
+        part[r] = V::dpbusd(V::dpbusd(kFirst ? V::set_i(0) : part[r], low, x_low), high, x_high);
       } else {
-        part[r] = kFirst ? V::add16(a, b) : V::add16(part[r], V::add16(a, b));
+        const I both = V::add16(V::maddubs(low, x_low), V::maddubs(high, x_high));
+        if constexpr (kPairSums)
+          part[r] = kFirst ? both : V::add16(part[r], both);
+        else
+          part[r] = kFirst ? pairs(both) : V::add_i(part[r], pairs(both));
       }
     }
   }

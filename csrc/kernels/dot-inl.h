@@ -102,7 +102,11 @@ struct Int8VnniDot : Int8PairDot<V> {
   static constexpr bool unsigned_weights = true;
   template <int w>
   static typename V::I weights(const std::byte* row) {
-    return V::xor_i(V::load_i(row), static_cast<std::int32_t>(0x80808080u));
+    return of<w>(V::load_i(row));
+  }
+  template <int w>
+  static typename V::I of(typename V::I bytes) {
+    return V::xor_i(bytes, static_cast<std::int32_t>(0x80808080u));
   }
   static typename V::I mac(typename V::I acc, typename V::I w, const std::uint32_t* x) {
     return V::dpbusd(acc, w, V::set_i(static_cast<std::int32_t>(*x)));

@@ -1,7 +1,7 @@
 // Vector GEMMs on VK tiles, all through mac(): forward, backward from the same bytes, and the outer products of LoRA gradients.
 //
-// Operand (pack_operand, pack_grad_operand, pack_outer_operand): groups of V::kRows rows, each [word][row of the group], the last
-// group narrower; for int8 followed by the row scales and 128 * (row sums).
+// Operand (pack_operand, pack_grad_operand, pack_outer_operand): groups of rows (each_group<V::kRows>), each [word][row of the group]; for
+// int8 followed by the row scales and 128 * (row sums).
 // Include inside the namespace of a level, after mac-inl.h.
 
 template <class V, class Int8Dot>
@@ -15,6 +15,12 @@ struct VectorGemm {
   using Int8Few = std::conditional_t<V::kSignedBytes, Int8SignDot<V>, Int8Dot>;
   template <class Fmt>
   using BlockFew = std::conditional_t<std::is_same_v<Fmt, Fp8Format>, Fp8Dot<V>, BlockDot<V, Fmt>>;  // for Dot::kMostRows rows
+  // Rows of a block format that BlockFew takes.
+  template <class Fmt>
+  static bool few(int m) {
+    if (V::kPlainLoops || (V::kBf16Pairs && std::is_same_v<Fmt, Fp8Format>)) return false;
+    return m <= BlockFew<Fmt>::kMostRows;
+  }
 
   static bool int8_products(WeightFormat format) { return format_info(format).direct == WeightFormat::int8; }
   static std::size_t words_per_row(WeightFormat format, int k) {
@@ -25,23 +31,23 @@ struct VectorGemm {
 
   // --- operands ---
 
-  static bool few_int4(WeightFormat format, int m) { return format == WeightFormat::int4 && m <= kFewRows; }
+  static constexpr int kFewInt4 = V::kVnni ? 2 * V::kRows : kFewRows;
+  static bool few_int4(WeightFormat format, int m) { return format == WeightFormat::int4 && m <= kFewInt4; }
   // The words of all rows; the scales and offsets of int8 lie behind them.
   static std::size_t operand_words(WeightFormat format, int m, int k) {
     const std::size_t quads = static_cast<std::size_t>(round_up(k, format_info(format).k_step)) / 4;
-    return static_cast<std::size_t>(m) * (few_int4(format, m) ? quads + quads / 4 : words_per_row(format, k));
+    return static_cast<std::size_t>(m) * (few_int4(format, m) && !V::kVnni ? quads + quads / 4 : words_per_row(format, k));
   }
   static std::size_t operand_bytes(WeightFormat format, int m, int k) {
     switch (format) {
 #define KTMOE_FORMAT(id, traits) \
   case WeightFormat::id:         \
     break;
-#define KTMOE_BLOCK_FORMAT(id, traits)                                                                                  \
-  case WeightFormat::id:                                                                                                \
-    if constexpr (!V::kPlainLoops)                                                                                      \
-      if (m <= BlockFew<traits>::kMostRows)                                                                             \
-        return static_cast<std::size_t>(m) *                                                                            \
-               static_cast<std::size_t>(BlockFew<traits>::row_bytes(round_up(k, format_info(format).k_step)));          \
+#define KTMOE_BLOCK_FORMAT(id, traits)                                                                              \
+  case WeightFormat::id:                                                                                            \
+    if (few<traits>(m))                                                                                             \
+      return static_cast<std::size_t>(m) *                                                                          \
+             static_cast<std::size_t>(BlockFew<traits>::row_bytes(round_up(k, format_info(format).k_step)));        \
     break;
 #include "format/formats.inc"
 #undef KTMOE_FORMAT
@@ -55,19 +61,18 @@ struct VectorGemm {
 #define KTMOE_FORMAT(id, traits) \
   case WeightFormat::id:         \
     break;
-#define KTMOE_BLOCK_FORMAT(id, traits)                                                                         \
-  case WeightFormat::id:                                                                                       \
-    if constexpr (!V::kPlainLoops)                                                                             \
-      if (m <= BlockFew<traits>::kMostRows) return RowGroups<BlockFew<traits>>::pack(rows, m, k, padded, dst); \
+#define KTMOE_BLOCK_FORMAT(id, traits)                                                                        \
+  case WeightFormat::id:                                                                                      \
+    if constexpr (!V::kPlainLoops)                                                                            \
+      if (few<traits>(m)) return RowGroups<BlockFew<traits>>::pack(rows, m, k, padded, dst);                  \
     break;
 #include "format/formats.inc"
 #undef KTMOE_FORMAT
     }
-    if (!int8_products(format)) {
-      Products::pack(rows, m, k, padded, dst);
-      return;
-    }
-    if (few_int4(format, m)) return pack_few_int4(rows, row_scale, m, k, padded, dst);
+    if constexpr (V::kBf16Pairs)
+      if (format == WeightFormat::fp8) return Fp8Pairs<V>::pack(rows, m, k, padded, dst);
+    if (!int8_products(format)) return Products::pack(rows, m, k, padded, dst);
+    if (few_int4(format, m) && !V::kVnni) return pack_few_int4(rows, row_scale, m, k, padded, dst);
     if (m <= kFewRows)
       pack_int8<Int8Few>(format, rows, row_scale, m, k, padded, dst);
     else
@@ -79,22 +84,32 @@ struct VectorGemm {
     auto* words = reinterpret_cast<std::uint32_t*>(dst);
     auto* scale = reinterpret_cast<float*>(words + operand_words(format, m, k));
     auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
-    for (int r0 = 0; r0 < m; r0 += V::kRows) {
-      const int n = m - r0 < V::kRows ? m - r0 : V::kRows;
-      for (int r = 0; r < n; ++r) {
-        const std::int8_t* x = rows.row<std::int8_t>(r0 + r);
-        std::int32_t sum = 0;
-        std::uint32_t* w = words + r;
-        for (int q = 0; q < padded / 4; ++q) {
-          Dot::pack(x + 4 * q, w, w + n);
-          w += Dot::words * n;
-          sum += x[4 * q] + x[4 * q + 1] + x[4 * q + 2] + x[4 * q + 3];
+    if constexpr (Dot::words == 1)
+      interleave_groups<V>(m, padded / 4, dst, [&](int r, int i) { return V::load_i(rows.row<std::int8_t>(r) + 64 * i); });
+    else
+      each_group<V::kRows>(m, [&](int r0, int n) {
+        for (int r = 0; r < n; ++r) {
+          const std::int8_t* x = rows.row<std::int8_t>(r0 + r);
+          std::uint32_t* w = words + r;
+          for (int q = 0; q < padded / 4; ++q, w += Dot::words * n) Dot::pack(x + 4 * q, w, w + n);
         }
-        scale[r0 + r] = row_scale[rows.index ? rows.index[r0 + r] : r0 + r];
-        offset[r0 + r] = Dot::unsigned_weights ? 128 * sum : 0;
-      }
-      words += static_cast<std::size_t>(n) * words_per_row(format, k);
+        words += static_cast<std::size_t>(n) * words_per_row(format, k);
+      });
+    for (int r = 0; r < m; ++r) {
+      scale[r] = row_scale[rows.index ? rows.index[r] : r];
+      offset[r] = 0;
+      if constexpr (Dot::unsigned_weights) offset[r] = 128 * sum_bytes(rows.row<std::int8_t>(r), padded);
     }
+  }
+
+  static std::int32_t sum_bytes(const std::int8_t* x, int n) {
+    auto sums = V::set_i(0);
+    for (int j = 0; j < n; j += 64) sums = V::dpbusd(sums, V::set_i(0x01010101), V::load_i(x + j));
+    alignas(64) std::int32_t lanes[16];
+    V::store_i(lanes, sums);
+    std::int32_t sum = 0;
+    for (std::int32_t lane : lanes) sum += lane;
+    return sum;
   }
 
   // What mac_int4 reads, in the place of the words: int8 quads, then the sums of blocks.
@@ -142,7 +157,7 @@ struct VectorGemm {
           forward_steps<Int8Dot>(operand, m, w, p0, p1, c, false);
         return scale_int8(operand, m, w, p0, p1, c);
       case WeightFormat::int4:
-        if (m <= kFewRows)
+        if (few_int4(WeightFormat::int4, m))
           forward_few_int4(operand, m, w, p0, p1, c);
         else
           forward_unpacked<InCache<Int8Dot>>(operand, m, w, p0, p1, c, false);
@@ -163,13 +178,24 @@ struct VectorGemm {
 
   static void forward_few_int4(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
     const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
-    const std::uint32_t* minus_sum = x + w.layout().k_padded() / 4 * m;
+    const int k_steps = w.layout().k_steps;
+    const std::size_t quads = static_cast<std::size_t>(w.layout().k_padded()) / 4;
     for (int p = p0; p < p1; ++p, c += c_block_floats(m)) {
-      if (m == 1)
-        mac_int4<V, 1>(w.panel(p), w.layout().k_steps, x, minus_sum, c, kPanelColumns);
-      else
-        mac_int4<V, 2>(w.panel(p), w.layout().k_steps, x, minus_sum, c, kPanelColumns);
+      if constexpr (V::kVnni) {
+        each_group<V::kRows>(m, [&](int r, int n) {
+          const auto run = int4_run(n, std::make_integer_sequence<int, V::kRows>{});
+          run(w.panel(p), k_steps, x + static_cast<std::size_t>(r) * quads, c + r * kPanelColumns, kPanelColumns);
+        });
+      } else {
+        const std::uint32_t* minus_sum = x + quads * static_cast<std::size_t>(m);
+        (m == 1 ? mac_int4<V, 1> : mac_int4<V, 2>)(w.panel(p), k_steps, x, minus_sum, c, kPanelColumns);
+      }
     }
+  }
+  template <int... r>
+  static auto int4_run(int rows, std::integer_sequence<int, r...>) {
+    static constexpr decltype(&Int4VnniDot<V, 1>::run) runs[] = {&Int4VnniDot<V, r + 1>::run...};
+    return runs[rows - 1];
   }
 
   template <class Fmt>
@@ -180,8 +206,11 @@ struct VectorGemm {
       const auto* x = reinterpret_cast<const float*>(operand);
       for (int p = p0; p < p1; ++p, c += c_block_floats(m))
         (m == 1 ? mac_blocks<V, Fmt, 1> : mac_blocks<V, Fmt, 2>)(w.panel(p), l.k_steps, x, c, kPanelColumns, accumulate);
+    } else if constexpr (V::kBf16Pairs && std::is_same_v<Fmt, Fp8Format>) {
+      for (int p = p0; p < p1; ++p, c += c_block_floats(m))
+        Fp8Pairs<V>::panel(operand, m, w.panel(p), l.k_steps, c, kPanelColumns, accumulate);
     } else {
-      if (m > BlockFew<Fmt>::kMostRows) return false;
+      if (!few<Fmt>(m)) return false;
       for (int p = p0; p < p1; ++p, c += c_block_floats(m))
         RowGroups<BlockFew<Fmt>>::panel(operand, m, l.k_padded(), w.panel(p), l.k_steps, c, kPanelColumns, accumulate);
     }

@@ -64,7 +64,7 @@ struct MacTable {
   static Fn get(int rows) { return pick(rows, std::make_integer_sequence<int, V::kRows>{}); }
 };
 
-// All m rows of an operand whose groups of V::kRows rows lie group_words(k) apart; NT from the number of rows, never from the data.
+// All m rows of an operand in groups (each_group<V::kRows>), words_per_row for each row; NT from the number of rows, never from the data.
 template <class V, class Dot>
 void mac_rows(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int n_tiles, int first_step, int steps,
               const std::uint32_t* x, std::size_t words_per_row, int m, float* c, std::ptrdiff_t ldc, bool accumulate) {
@@ -72,8 +72,7 @@ void mac_rows(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t til
   // Both tiles of a k-step in one pass, where the registers allow it or the weights come from memory for this pass alone.
   const bool wide = V::kTiles == 2 || m <= 2 || (Dot::streamed && V::kInOrder && m <= V::kRows);
   for (int t = 0; t < n_tiles; t += wide ? 2 : 1)
-    for (int r0 = 0; r0 < m; r0 += V::kRows) {
-      const int rows = m - r0 < V::kRows ? m - r0 : V::kRows;
+    each_group<V::kRows>(m, [&](int r0, int rows) {
       const std::uint32_t* group = x + static_cast<std::size_t>(r0) * words_per_row + skip * static_cast<std::size_t>(rows);
       const std::byte* tile = w + t * tile_stride;
       float* dst = c + r0 * ldc + 16 * t;
@@ -81,7 +80,7 @@ void mac_rows(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t til
         MacTable<V, Dot, 2>::get(rows)(tile, step_stride, tile_stride, steps, group, dst, ldc, accumulate);
       else
         MacTable<V, Dot, 1>::get(rows)(tile, step_stride, tile_stride, steps, group, dst, ldc, accumulate);
-    }
+    });
 }
 
 // Few rows (R) times one panel of a block format, unpacked in registers, where no Dot takes them (the portable level). x: fp32 [k][R].
@@ -107,46 +106,4 @@ void mac_blocks(const std::byte* panel, int k_steps, const float* x, float* c, s
       const F total = kSums == 2 ? V::add(sum[t][0][r], sum[t][kSums - 1][r]) : sum[t][0][r];
       V::store(at, accumulate ? V::add(V::load(at), total) : total);
     }
-}
-
-// Few rows (R) times one panel of int4, in integers: per block of 16 k, m * sum(q x) - o * sum(x). x: int8 quads [k / 4][R]; minus_sum:
-// -sum(x) of each block as a 16-bit number in a word, [k / 16][R]. 4 * 15 * 127 * 2 < 2^15, so the 16-bit sums of a block are exact.
-template <class V, int R>
-void mac_int4(const std::byte* panel, int k_steps, const std::uint32_t* x, const std::uint32_t* minus_sum, float* c, std::ptrdiff_t ldc) {
-  using I = typename V::I;
-  I sum[2][R];
-  for (int t = 0; t < 2; ++t)
-    for (int r = 0; r < R; ++r) sum[t][r] = V::set_i(0);
-  auto pair = [&]<int b>(std::integral_constant<int, b>, const std::byte* tile, const Int4Codes<V>& codes, I(&total)[R])
-                  __attribute__((always_inline)) {
-                    I part[2][R];
-                    for (int j = 0; j < 4; ++j) {
-                      const std::byte* at = tile + kRowBytes * (1 + 2 * b + j);
-                      ask_ahead<V, true>(at);
-                      const I row = V::load_i(at), q0 = V::and_i(row, 0x0f0f0f0f), q1 = V::and_i(V::template shr<4>(row), 0x0f0f0f0f);
-#pragma GCC unroll 2
-                      for (int r = 0; r < R; ++r) {
-                        const I p0 = V::maddubs(q0, V::set_i(static_cast<std::int32_t>(x[(4 * b + j) * R + r])));
-                        const I p1 = V::maddubs(q1, V::set_i(static_cast<std::int32_t>(x[(4 * b + 4 + j) * R + r])));
-                        part[0][r] = j ? V::add16(part[0][r], p0) : p0;
-                        part[1][r] = j ? V::add16(part[1][r], p1) : p1;
-                      }
-                    }
-#pragma GCC unroll 2
-                    for (int r = 0; r < R; ++r) {
-                      total[r] = V::madd(V::madd(total[r], part[0][r], codes.template m<b>()), codes.template o<b>(),
-                                         V::set_i(static_cast<std::int32_t>(minus_sum[b * R + r])));
-                      total[r] = V::madd(V::madd(total[r], part[1][r], codes.template m<b + 1>()), codes.template o<b + 1>(),
-                                         V::set_i(static_cast<std::int32_t>(minus_sum[(b + 1) * R + r])));
-                    }
-                  };
-  for (int s = 0; s < k_steps; ++s, x += 16 * R, minus_sum += 4 * R)
-#pragma GCC unroll 2
-    for (int t = 0; t < 2; ++t, panel += Int4Format::rows * kRowBytes) {
-      const Int4Codes<V> codes(panel);
-      pair(std::integral_constant<int, 0>{}, panel, codes, sum[t]);
-      pair(std::integral_constant<int, 2>{}, panel, codes, sum[t]);
-    }
-  for (int t = 0; t < 2; ++t)
-    for (int r = 0; r < R; ++r) V::store_i(c + r * ldc + 16 * t, sum[t][r]);
 }

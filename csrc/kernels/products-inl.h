@@ -3,7 +3,7 @@
 //   kPerWord      numbers that a word contracts over: 1 or 2
 //   Stored        the Dot for bf16 tiles as they lie in memory
 //   Cached        the Dot for what `expand` and `outer_rows` make
-//   pack, pack_grad, pack_outer   operands: groups of V::kRows rows (pack_outer: columns), each [word][row of the group]
+//   pack, pack_grad, pack_outer   operands: each_group<V::kRows> of rows (pack_outer: columns), each [word][row of the group]
 //   expand        a panel's k-step, transposed, for the way back
 //   outer_rows    the rows of Q
 // Include inside the namespace of a level, after dot-inl.h and row_groups-inl.h.
@@ -13,26 +13,23 @@ template <class V>
 inline std::uint32_t* interleave(const void* x, int n, std::uint32_t* dst) {
   alignas(64) std::uint32_t t[16][16];
   V::transpose16(x, 64, t);
-  if (n == V::kRows) {  // a copy of known size
-    for (int i = 0; i < 16; ++i) std::memcpy(dst + i * V::kRows, t[i], 4 * V::kRows);
-  } else {
-    for (int i = 0; i < 16; ++i) std::memcpy(dst + i * n, t[i], 4 * static_cast<std::size_t>(n));
-  }
+  int i = 0;
+  for (; i * n + 16 <= 16 * n; ++i) V::store_i(dst + i * n, V::load_i(t[i]));  // the next one overwrites what is too much
+  for (; i < 16; ++i) std::memcpy(dst + i * n, t[i], 4 * static_cast<std::size_t>(n));
   return dst + 16 * n;
 }
 
-// Groups of V::kRows rows, 16 words at a time: load(row, i) gives words 16i .. 16i + 15.
+// Groups of rows (each_group<V::kRows>), 16 words at a time: load(row, i) gives words 16i .. 16i + 15.
 template <class V, class Load>
 inline void interleave_groups(int m, int words, std::byte* dst, Load load) {
   auto* out = reinterpret_cast<std::uint32_t*>(dst);
   alignas(64) std::byte x[16 * 64] = {};
-  for (int r0 = 0; r0 < m; r0 += V::kRows) {
-    const int n = m - r0 < V::kRows ? m - r0 : V::kRows;
+  each_group<V::kRows>(m, [&](int r0, int n) {
     for (int i = 0; i < words / 16; ++i) {
       for (int r = 0; r < n; ++r) V::store_i(x + 64 * r, load(r0 + r, i));
       out = interleave<V>(x, n, out);
     }
-  }
+  });
 }
 
 // 16 columns of a row of dY from column j, each times its scale if there is one.
@@ -40,6 +37,15 @@ template <class V>
 inline typename V::F load_grad(const bf16* row, const float* column_scale, int j, int columns) {
   const typename V::F x = load_row<V>(row, j, columns);
   return column_scale ? V::mul(x, V::load(column_scale + j)) : x;
+}
+
+// 32 numbers of a row from column j, in pairs; columns at or beyond `columns` are zero and are not read.
+template <class V>
+inline typename V::I load_pairs(const bf16* row, int j, int columns) {
+  if (j + 32 <= columns) return V::load_i(row + j);
+  alignas(64) bf16 tail[32] = {};
+  if (j < columns) std::memcpy(tail, row + j, 2 * static_cast<std::size_t>(columns - j));
+  return V::load_i(tail);
 }
 
 template <class V>
@@ -56,11 +62,10 @@ struct Fp32Products {
   // [row of P][column of the group], rows padded to 16 with zeros.
   static void pack_outer(const bf16* p, std::ptrdiff_t ld, int m, int p_columns, std::byte* dst) {
     auto* out = reinterpret_cast<float*>(dst);
-    for (int i0 = 0; i0 < p_columns; i0 += V::kRows) {
-      const int n = p_columns - i0 < V::kRows ? p_columns - i0 : V::kRows;
+    each_group<V::kRows>(p_columns, [&](int i0, int n) {
       for (int t = 0; t < round_up(m, 16); ++t)
         for (int i = 0; i < n; ++i) *out++ = t < m ? to_float(p[t * ld + i0 + i]) : 0.0f;
-    }
+    });
   }
 
   // Transposed tiles a, b (rows of constant n, word j = word j of the tile) -> [tile][word part i][n][16 floats]: k = kWords * j + i.
@@ -123,13 +128,7 @@ struct Bf16Products {
 
   // Words are pairs of consecutive k, as they lie in the rows.
   static void pack(RowSource rows, int m, int columns, int padded, std::byte* dst) {
-    interleave_groups<V>(m, padded / 2, dst, [&](int r, int i) {
-      const bf16* row = rows.row<bf16>(r);
-      if (32 * i + 32 <= columns) return V::load_i(row + 32 * i);
-      alignas(64) bf16 tail[32] = {};
-      if (32 * i < columns) std::memcpy(tail, row + 32 * i, 2 * static_cast<std::size_t>(columns - 32 * i));
-      return V::load_i(tail);
-    });
+    interleave_groups<V>(m, padded / 2, dst, [&](int r, int i) { return load_pairs<V>(rows.row<bf16>(r), 32 * i, columns); });
   }
   // Words are pairs of columns 16 apart in a panel: word 16p + j holds (dY[32p + j], dY[32p + 16 + j]).
   static void pack_grad(RowSource dy, const float* column_scale, int m, int columns, int padded, std::byte* dst) {
@@ -141,11 +140,10 @@ struct Bf16Products {
   // [pair of rows of P][column of the group], rows padded to 32 with zeros.
   static void pack_outer(const bf16* p, std::ptrdiff_t ld, int m, int p_columns, std::byte* dst) {
     auto* out = reinterpret_cast<std::uint32_t*>(dst);
-    for (int i0 = 0; i0 < p_columns; i0 += V::kRows) {
-      const int n = p_columns - i0 < V::kRows ? p_columns - i0 : V::kRows;
+    each_group<V::kRows>(p_columns, [&](int i0, int n) {
       for (int t = 0; t < round_up(m, 32); t += 2)
         for (int i = 0; i < n; ++i) *out++ = bits(p, ld, m, t, i0 + i) | bits(p, ld, m, t + 1, i0 + i) << 16;
-    }
+    });
   }
 
   // Transposed tiles a, b -> [word part i][n][16 pairs (a, b)].

@@ -1,5 +1,5 @@
-// Rows of bf16 activations, and few of them in groups of at most kGroup, whose sums stay in registers: the operand is one group after the
-// other. A Dot has
+// Rows of bf16 activations, and few of them in groups of at most Dot::kGroup, whose sums stay in registers: the operand is one group
+// after the other. A Dot has
 //   row_bytes(padded)                                     of the operand, for each row
 //   pack_group(rows, r0, n, k, padded, dst)               rows r0 .. r0 + n - 1
 //   run<n>(panel, k_steps, operand, c, ldc, accumulate)   a group times one panel
@@ -14,23 +14,34 @@ inline typename V::F load_row(const bf16* row, int j, int columns) {
   return V::load_bf16(tail);
 }
 
+// m rows in as few groups of at most kMost as can be, none much smaller than the others: use(first row, rows).
+template <int kMost, class Use>
+inline void each_group(int m, Use use) {
+  const int size = ceil_div(m, std::max(ceil_div(m, kMost), 1));
+  for (int r = 0; r < m; r += size) use(r, std::min(m - r, size));
+}
+
 template <class Dot>
 struct RowGroups {
-  static constexpr int kGroup = 4;
 
   // m rows of bf16, k columns, padded to `padded`.
   static void pack(RowSource rows, int m, int k, int padded, std::byte* dst) {
-    for (int r = 0; r < m; r += kGroup, dst += kGroup * Dot::row_bytes(padded))
-      Dot::pack_group(rows, r, std::min(m - r, kGroup), k, padded, dst);
+    each_group<Dot::kGroup>(m, [&](int r, int n) { Dot::pack_group(rows, r, n, k, padded, dst + r * Dot::row_bytes(padded)); });
   }
 
   // All rows of an operand times one panel.
   static void panel(const std::byte* operand, int m, int padded, const std::byte* panel, int k_steps, float* c, std::ptrdiff_t ldc,
                     bool accumulate) {
-    static constexpr decltype(&Dot::template run<1>) runs[] = {&Dot::template run<1>, &Dot::template run<2>, &Dot::template run<3>,
-                                                               &Dot::template run<4>};
-    static_assert(std::size(runs) == kGroup);
-    for (int r = 0; r < m; r += kGroup, operand += kGroup * Dot::row_bytes(padded), c += kGroup * ldc)
-      runs[std::min(m - r, kGroup) - 1](panel, k_steps, operand, c, ldc, accumulate);
+    each_group<Dot::kGroup>(m, [&](int r, int n) {
+      const auto run = run_of(n, std::make_integer_sequence<int, Dot::kGroup>{});
+      run(panel, k_steps, operand + r * Dot::row_bytes(padded), c + r * ldc, ldc, accumulate);
+    });
+  }
+
+ private:
+  template <int... r>
+  static auto run_of(int rows, std::integer_sequence<int, r...>) {
+    static constexpr decltype(&Dot::template run<1>) runs[] = {&Dot::template run<r + 1>...};
+    return runs[rows - 1];
   }
 };

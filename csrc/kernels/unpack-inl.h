@@ -123,6 +123,12 @@ struct Int4Codes {
   I m() const {
     return V::template spread<b>(m4);
   }
+  // o - 128 in each byte: m q - (o - 128) is the weight + 128.
+  template <int b>
+  I unsigned_offsets() const {
+    const I o16 = o<b>();
+    return V::sub8(V::or_i(o16, V::template shl<8>(o16)), V::set_i(static_cast<std::int32_t>(0x80808080u)));
+  }
   template <int b>
   I o() const {  // (15 + z) m / 3, exact below 2^15
     return V::mulhi16(V::mullo16(V::template spread<b>(z4), m<b>()), V::set_i(21846 * 0x00010001));

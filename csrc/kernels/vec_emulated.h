@@ -2,6 +2,7 @@
 // order in which it reads, are tested on any CPU. Include after vec_portable.h.
 
 struct EmulatedVec : Vec {
+  static constexpr bool kVnni = true;
   static constexpr bool kInOrder = false;
   static constexpr int kTiles = 2;
 

@@ -11,7 +11,8 @@ struct Vec {
     std::int32_t v[16];
   };
   static constexpr bool kPlainLoops = true;  // no unrolled instruction sequences
-  static constexpr bool kBf16Pairs = false;
+  static constexpr bool kVnni = false;       // has xor_i, dpbusd
+  static constexpr bool kBf16Pairs = false;  // has dpbf16
   static constexpr bool kSignedBytes = false;
   static constexpr bool kInOrder = true;
   static constexpr int kAhead = 0;

@@ -22,7 +22,7 @@ def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves the seconds of measuring them again."""
     kinds = {"fp32": ("Gop/s", 100), "int8": ("Gop/s", 200), "read": ("GB/s", 25)}
     found = [limits.Limit(f"some {kind}", kind, unit, rate, rate, rate) for kind, (unit, rate) in kinds.items()]
-    monkeypatch.setattr(limits, "measure", lambda *_: found)
+    monkeypatch.setattr(limits, "measure", lambda *_, **__: found)
 
 
 def run(tmp_path: Path, *more: str) -> dict[str, object]:
@@ -172,7 +172,7 @@ def test_a_size_that_would_take_too_long_is_left_out() -> None:
         assert worker.expects(1 << 20) == 0  # nothing to judge by yet
         worker.fastest_s, worker.tokens = 2.0, 1024
         outcome = runner.Outcome("inference", SHAPES["T"])
-        runner.time_cell({worker.name: worker}, outcome, 4096, runner.Pace(max_call_s=6))
+        runner.time_cell({worker.name: worker}, outcome, 4096, runner.Pace(max_call_s=6), None)
         assert outcome.left_out[0]["why"] == "a call may take 8 s"
         assert not outcome.samples
     finally:
@@ -186,9 +186,9 @@ def test_one_call_of_a_size_that_takes_too_long_is_enough() -> None:
         runner.problem_files(shape, sft=True) as folder,
         runner.running(outcome, folder, ["ktmoe:AMXBF16_SFT"], {"ktmoe": Launch()}, pace, 16) as workers,
     ):
-        runner.time_cell(workers, outcome, 16, pace)
+        runner.time_cell(workers, outcome, 16, pace, None)
         assert [len(samples) for samples in outcome.samples.values()] == [1, 1]
-        runner.time_cell(workers, outcome, 32, pace)
+        runner.time_cell(workers, outcome, 32, pace, None)
         costs.measure_memory(outcome, folder, {"ktmoe": Launch()}, pace)
     assert {tokens for _, tokens, _ in outcome.samples} == {16}
     assert [row["tokens"] for row in outcome.left_out] == [32]

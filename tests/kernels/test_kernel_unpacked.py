@@ -8,18 +8,15 @@ from oracle.formats import int8_quantize_rows
 from oracle.kernels import Kernels
 from oracle.memory import Guarded, Heap, Place
 from oracle.published import PUBLISHED
-from oracle.registry import BLOCK_ROWS, UNPACKED, each_isa
+from oracle.registry import BLOCK_ROWS, UNPACKED, each_isa, span_rows
 
 from ktmoe import _ext
 
 each_unpacked = pytest.mark.parametrize("fmt", UNPACKED)
-# Up to 4 rows are unpacked in registers; then every way to fill the row groups of the levels
-ROWS = [1, 2, 3, 4, 7, 17, 33, 64]
+# Few rows are unpacked in registers, more in cache; every way to fill the row groups of the levels
+ROWS = [1, 2, 3, 4, 7, 9, 12, 13, 16, 17, 24, 25, 32, 33, 64]
 # n, k: ragged and whole k-steps (64 to 256), more than one block of 8 direct steps
 SHAPES = [(1, 1), (33, 300), (40, 1024)]
-FEW_ROWS = (
-    4  # so many may have activations rounded to int8, with one scale per 32 k; with more, weights are rounded to bf16
-)
 
 
 def rounding_bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -28,10 +25,11 @@ def rounding_bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.abs(padded[0]).max(axis=2) / 254 @ np.abs(padded[1]).sum(axis=2).T
 
 
-def forward_bound(m: int, x: np.ndarray, w: np.ndarray, start: np.ndarray | float = 0.0) -> np.ndarray:
-    bound = sum_bound(x.shape[1] + 1, np.abs(x) @ np.abs(w).T + np.abs(start), 0.0 if m <= FEW_ROWS else U16)
+def forward_bound(few: bool, x: np.ndarray, w: np.ndarray, start: np.ndarray | float = 0.0) -> np.ndarray:
+    """few: so few rows that activations are rounded to int8, with one scale per 32 k; otherwise weights may be, to bf16."""
+    bound = sum_bound(x.shape[1] + 1, np.abs(x) @ np.abs(w).T + np.abs(start), 0.0 if few else U16)
     # 2^-6 more: scale * q and the minimum of a block are multiplied apart, and each product is rounded.
-    return bound + rounding_bound(x, w) * (1 + 2.0**-6) if m <= FEW_ROWS else bound
+    return bound + rounding_bound(x, w) * (1 + 2.0**-6) if few else bound
 
 
 class Problem:
@@ -85,7 +83,7 @@ def test_both_directions(isa: str, fmt: str, shape: tuple[int, int]) -> None:
             assert_same_bits(got, chain, f"forward {what}")
         else:
             x = bf16.widen(problem.x[:m]).astype(np.float64)
-            bound = forward_bound(m, x, problem.w)
+            bound = forward_bound(m <= span_rows(fmt, isa), x, problem.w)
             assert_within(got, x @ problem.w.T, bound, f"forward {what}")
         dy = bf16.widen(problem.dy[:m]).astype(np.float64)
         w = problem.w[: problem.n]
@@ -96,11 +94,11 @@ def test_both_directions(isa: str, fmt: str, shape: tuple[int, int]) -> None:
 @each_isa
 @pytest.mark.parametrize("fmt", [f for f in UNPACKED if f != "int4"])
 def test_forward_accumulates(isa: str, fmt: str) -> None:
-    problem = Problem(isa, fmt, 40, 600, tokens=20)
-    for m in (1, 2, 4, 20):
+    problem = Problem(isa, fmt, 40, 600, tokens=35)
+    for m in (1, 2, 4, 20, 35):
         start = np.random.default_rng(m).standard_normal((problem.panels, m, 32), dtype=np.float32) * 8
         x, first = bf16.widen(problem.x[:m]).astype(np.float64), start.swapaxes(0, 1).reshape(m, -1).astype(np.float64)
-        bound = forward_bound(m, x, problem.w, first)
+        bound = forward_bound(m <= span_rows(fmt, isa), x, problem.w, first)
         assert_within(problem.forward(m, start), x @ problem.w.T + first, bound, f"m={m}")
 
 
@@ -109,7 +107,7 @@ def test_forward_accumulates(isa: str, fmt: str) -> None:
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_nothing_outside_the_operands_is_touched(isa: str, fmt: str, side: str) -> None:
     def body(say: object) -> None:
-        for m in (1, 2, 4, 17):
+        for m in (1, 2, 4, 13, 17, 33):
             for n, k in ((1, 1), (33, 300)):
                 say(f"m={m} n={n} k={k}")  # type: ignore[operator]
                 guarded = Problem(isa, fmt, n, k, m, Guarded(side))

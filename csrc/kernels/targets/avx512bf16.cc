@@ -1,4 +1,4 @@
-// Kernels for AVX-512 with VNNI and BF16.
+// Kernels for AVX-512 with VNNI, VBMI and BF16.
 #include <immintrin.h>
 
 #include <initializer_list>
@@ -9,7 +9,7 @@
 #include "kernels/kernel_api.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,prefer-vector-width=512")
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12: its own _mm512_undefined_*
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
