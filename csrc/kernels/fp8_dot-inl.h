@@ -40,6 +40,8 @@ struct Fp8Dot {
       for (int r = 0; r < R; ++r) total[t][r] = V::set(0.0f);
     for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += Fp8Format::k_step * R) {
       F sum[2][kSums][R];
+      ask_ahead<V, true>(panel);
+      ask_ahead<V, true>(panel + kTile);
       for (int t = 0; t < 2; ++t)
         for (int i = 0; i < kSums; ++i)
           for (int r = 0; r < R; ++r) sum[t][i][r] = V::set(0.0f);

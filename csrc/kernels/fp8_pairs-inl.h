@@ -54,9 +54,11 @@ struct Fp8Pairs {
   static void run(const std::byte* panel, int k_steps, const std::uint32_t* x, float* c, std::ptrdiff_t ldc, bool accumulate) {
     for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += kStepWords * R) {
       F sum[2][kSums<R>][R];
-      for (int t = 0; t < 2; ++t)
+      for (int t = 0; t < 2; ++t) {
+        ask_ahead<V, true>(panel + t * kTile);
         for (int i = 0; i < kSums<R>; ++i)
           for (int r = 0; r < R; ++r) sum[t][i][r] = V::set(0.0f);
+      }
       in_tiles<V, kCodeRows / 2>([&](auto t, int pair) __attribute__((always_inline)) {
         const std::byte* row = panel + t * kTile + (Fp8Format::scale_rows + 2 * pair) * kRowBytes;
         add_codes<R, 0>(row, x + 4 * pair * R, sum[t]);

@@ -35,6 +35,7 @@ void mac_int4(const std::byte* panel, int k_steps, const std::uint32_t* x, const
   for (int s = 0; s < k_steps; ++s, x += 16 * R, minus_sum += 4 * R)
 #pragma GCC unroll 2
     for (int t = 0; t < 2; ++t, panel += Int4Format::rows * kRowBytes) {
+      ask_ahead<V, true>(panel);
       const Int4Codes<V> codes(panel);
       pair(std::integral_constant<int, 0>{}, panel, codes, sum[t]);
       pair(std::integral_constant<int, 2>{}, panel, codes, sum[t]);
@@ -55,6 +56,8 @@ struct Int4VnniDot {
 #pragma GCC unroll 16
     for (int r = 0; r < 2 * kSums * R; ++r) sum[r / (kSums * R)][r / R % kSums][r % R] = V::set_i(0);
     for (int s = 0; s < k_steps; ++s, x += 16 * R, panel += 2 * kTile) {
+      ask_ahead<V, true>(panel);
+      ask_ahead<V, true>(panel + kTile);
       const Int4Codes<V> first(panel), second(panel + kTile);
       add_blocks<0>(first, second, panel, x, sum);
       add_blocks<2>(first, second, panel, x, sum);

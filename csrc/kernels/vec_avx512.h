@@ -9,6 +9,7 @@ struct Vec {
   static constexpr bool kSignedBytes = false;
   static constexpr bool kInOrder = false;  // see weight_order-inl.h
   static constexpr int kAhead = 4096;
+  static constexpr int kAskRows = 3;
   static constexpr int kRows = 12;  // 12 x 32 columns = 24 of the 32 registers accumulate
   static constexpr int kTiles = 2;
 

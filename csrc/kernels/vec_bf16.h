@@ -4,7 +4,8 @@
 struct Bf16Vec : VnniVec {
   static constexpr bool kBf16Pairs = true;
   static constexpr bool kInOrder = true;  // as AMD's memory likes it; others prefer avx512vnni
-  static constexpr int kAhead = 8192;
+  static constexpr int kAhead = 6144;
+  static constexpr int kAskRows = 2;
   static inline __attribute__((always_inline)) F dpbf16(F acc, I x, I y) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
   }

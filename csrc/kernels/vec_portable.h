@@ -16,6 +16,7 @@ struct Vec {
   static constexpr bool kSignedBytes = false;
   static constexpr bool kInOrder = true;
   static constexpr int kAhead = 0;
+  static constexpr int kAskRows = 3;
   static constexpr int kRows = 4;   // rows of C that one inner loop accumulates
   static constexpr int kTiles = 1;  // tiles of 16 columns beside each other in it
 

@@ -1,7 +1,8 @@
 // In which order few rows read their weights, which come from memory once, and who asks for them ahead.
 //
 // Levels with kInOrder read them as they lie there, one tile of a k-step after the other, and the hardware asks for them ahead unless the
-// instructions on each line keep it from looking far enough (kSlow). Others read two tiles beside each other and always ask.
+// instructions on each line keep it from looking far enough (kSlow: formats that are unpacked, and from kAskRows rows on all). Others read
+// two tiles beside each other and always ask. Every line must be asked for, rows of scales too: one that is missed waits for memory alone.
 // Include inside the namespace of a level, after Vec.
 
 template <class V, bool kSlow>
