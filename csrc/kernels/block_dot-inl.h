@@ -61,7 +61,7 @@ struct BlockDot {
     for (int t = 0; t < 2; ++t)
       for (int r = 0; r < R; ++r) sum[t][r] = accumulate ? V::load(c + r * ldc + 16 * t) : V::set(0.0f);
     for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += kSpans * kSpanWords * R, x_scales += kSpans * kSpanScales * R)
-      in_tiles<V, kSpans>([&](auto t, int span) __attribute__((always_inline)) {
+      in_tiles<V, kSpans, true>([&](auto t, int span) __attribute__((always_inline)) {
         add_span<R>(panel + t * kTile, span, x + span * kSpanWords * R, x_scales + span * kSpanScales * R, sum[t]);
       });
     for (int t = 0; t < 2; ++t)
@@ -71,6 +71,9 @@ struct BlockDot {
  private:
   template <int R>
   static constexpr bool kAsk = Fmt::bits != 8 || (R >= V::kAskRows);
+  // The large tiles of K-quants: one or two rows are faster with less ahead.
+  template <int R>
+  static constexpr int kDistance = Fmt::k_step == 256 && R <= 2 ? V::kAhead / 2 : V::kAhead;
 
   // One byte order for both kinds of words: nibble words give even k, then odd k; byte words give four consecutive k.
   static void pack_span(const std::int8_t* x, int rows, std::uint32_t* words) {
@@ -88,7 +91,7 @@ struct BlockDot {
   static inline __attribute__((always_inline)) void add_span(const std::byte* tile, int span, const std::uint32_t* x, const float* x_scales,
                                                              F (&sum)[R]) {
     if (span == 0)
-      for (int row = 0; row < Fmt::scale_rows; ++row) ask_ahead<V, kAsk<R>>(tile + kRowBytes * row);
+      for (int row = 0; row < Fmt::scale_rows; ++row) ask_ahead<V, kAsk<R>, kDistance<R>>(tile + kRowBytes * row);
     const auto scales = BlockWeights<V, Fmt>::scales(tile, span);
     I half[2][R];  // sums of k < 16 and k >= 16, where they are apart; else all in the first
     I part[R];     // 16-bit sums if kPairSums, else 32-bit ones
@@ -121,7 +124,7 @@ struct BlockDot {
                                                              I (&part)[R]) {
     if constexpr (row < kSpanRows) {
       const std::byte* at = tile + kRowBytes * (Fmt::scale_rows + span * kSpanRows + row);
-      ask_ahead<V, kAsk<R>>(at);
+      ask_ahead<V, kAsk<R>, kDistance<R>>(at);
       const I word = V::load_i(at);
       if constexpr (Fmt::bits == 8) {
         signed_products<R>(word, x + row * Signed::words * R, part);
@@ -165,13 +168,13 @@ struct BlockDot {
                                                                       const std::uint32_t* x, I (&part)[R]) {
     if constexpr (Fmt::bits == 5) {
       const std::byte* at = tile + kRowBytes * (Fmt::high_row + span);
-      if constexpr (row == 0) ask_ahead<V, kAsk<R>>(at);
+      if constexpr (row == 0) ask_ahead<V, kAsk<R>, kDistance<R>>(at);
       const I bits = V::load_i(at);
       low = V::or_i(low, V::and_i(move_bit<V, 2 * row, 4>(bits), 0x10101010));
       high = V::or_i(high, V::and_i(move_bit<V, 2 * row + 1, 4>(bits), 0x10101010));
     } else if constexpr (Fmt::bits == 6) {
       const std::byte* at = tile + kRowBytes * (Fmt::high_row + 2 * span + row / 2);
-      if constexpr (row % 2 == 0) ask_ahead<V, kAsk<R>>(at);
+      if constexpr (row % 2 == 0) ask_ahead<V, kAsk<R>, kDistance<R>>(at);
       const I bits = V::load_i(at);
       low = V::or_i(low, V::and_i(move_bit<V, 4 * (row % 2), 4>(bits), 0x30303030));
       high = V::or_i(high, V::and_i(move_bit<V, 4 * (row % 2) + 2, 4>(bits), 0x30303030));

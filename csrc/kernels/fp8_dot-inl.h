@@ -45,7 +45,7 @@ struct Fp8Dot {
       for (int t = 0; t < 2; ++t)
         for (int i = 0; i < kSums; ++i)
           for (int r = 0; r < R; ++r) sum[t][i][r] = V::set(0.0f);
-      in_tiles<V, kCodeRows>([&](auto t, int row) __attribute__((always_inline)) {
+      in_tiles<V, kCodeRows, true>([&](auto t, int row) __attribute__((always_inline)) {
         add_codes<R, kSums>(panel + t * kTile + (Fp8Format::scale_rows + row) * kRowBytes, x + 4 * row * R, sum[t]);
       });
       for (int t = 0; t < 2; ++t)

@@ -59,7 +59,7 @@ struct Fp8Pairs {
         for (int i = 0; i < kSums<R>; ++i)
           for (int r = 0; r < R; ++r) sum[t][i][r] = V::set(0.0f);
       }
-      in_tiles<V, kCodeRows / 2>([&](auto t, int pair) __attribute__((always_inline)) {
+      in_tiles<V, kCodeRows / 2, true>([&](auto t, int pair) __attribute__((always_inline)) {
         const std::byte* row = panel + t * kTile + (Fp8Format::scale_rows + 2 * pair) * kRowBytes;
         add_codes<R, 0>(row, x + 4 * pair * R, sum[t]);
         add_codes<R, 2>(row + kRowBytes, x + (4 * pair + 2) * R, sum[t]);

@@ -56,8 +56,8 @@ struct Int4VnniDot {
 #pragma GCC unroll 16
     for (int r = 0; r < 2 * kSums * R; ++r) sum[r / (kSums * R)][r / R % kSums][r % R] = V::set_i(0);
     for (int s = 0; s < k_steps; ++s, x += 16 * R, panel += 2 * kTile) {
-      ask_ahead<V, true>(panel);
-      ask_ahead<V, true>(panel + kTile);
+#pragma GCC unroll 18
+      for (int row = 0; row < 2 * Int4Format::rows; ++row) ask_ahead<V, true>(panel + kRowBytes * row);  // in the order of memory
       const Int4Codes<V> first(panel), second(panel + kTile);
       add_blocks<0>(first, second, panel, x, sum);
       add_blocks<2>(first, second, panel, x, sum);
@@ -90,8 +90,6 @@ struct Int4VnniDot {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const std::byte* at = tile + kRowBytes * (1 + 2 * b + j);
-      ask_ahead<V, true>(at);
-      ask_ahead<V, true>(at + kTile);
       const I row0 = V::load_i(at), row1 = V::load_i(at + kTile);
       const I low0 = block[0].low(row0), high0 = block[0].high(row0), low1 = block[1].low(row1), high1 = block[1].high(row1);
 #pragma GCC unroll 16

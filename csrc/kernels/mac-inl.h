@@ -32,7 +32,7 @@ void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_str
     for (int t = 0; t < NT; ++t) acc[r][t] = accumulate ? Dot::load(c + r * ldc + 16 * t) : Dot::zero();
   for (int s = 0; s < steps; ++s, w += step_stride, x += 16 * Dot::words * R) {
     if constexpr (Dot::streamed && (R <= 2 || V::kInOrder) && NT == 2) {
-      in_tiles<V, 16>([&](auto t, int j) __attribute__((always_inline)) {
+      in_tiles<V, 16, (R > 2)>([&](auto t, int j) __attribute__((always_inline)) {
         const std::byte* row = w + t * tile_stride + 64 * j;
         ask_ahead<V, (R >= V::kAskRows)>(row);
         mac_row<V, Dot, R, NT, t, 1>(acc, row, tile_stride, x + j * Dot::words * R);

@@ -5,18 +5,20 @@
 // two tiles beside each other and always ask. Every line must be asked for, rows of scales too: one that is missed waits for memory alone.
 // Include inside the namespace of a level, after Vec.
 
-template <class V, bool kSlow>
+template <class V, bool kSlow, int kDistance = V::kAhead>
 inline __attribute__((always_inline)) void ask_ahead(const std::byte* at) {
-  if constexpr (kSlow || !V::kInOrder) __builtin_prefetch(at + V::kAhead, 0, 3);
+  if constexpr (kSlow || !V::kInOrder) __builtin_prefetch(at + kDistance, 0, 3);
 }
 
-// use(tile, i) for the two tiles of a k-step and each of their n pieces.
-template <class V, int n, class Use>
+// use(tile, i) for the two tiles of a k-step and each of their n pieces. kApart: in order, the second tile loads the activations again;
+// otherwise the compiler may keep those of both tiles in registers, until it has none left.
+template <class V, int n, bool kApart, class Use>
 inline __attribute__((always_inline)) void in_tiles(Use use) {
   constexpr std::integral_constant<int, 0> first;
   constexpr std::integral_constant<int, 1> second;
   if constexpr (V::kInOrder) {
     for (int i = 0; i < n; ++i) use(first, i);
+    if constexpr (kApart) asm volatile("" ::: "memory");
     for (int i = 0; i < n; ++i) use(second, i);
   } else {
     for (int i = 0; i < n; ++i) {
