@@ -8,7 +8,8 @@
     python -m bench --python kt=VENV/bin/python --python llamacpp=VENV/bin/python
 
 floor = max(operations / peak, bytes of the touched experts / DRAM read bandwidth), both measured in the same run, the
-bandwidth in every round beside the implementations (it changes where other machines share the memory). In training, forward and backward have a floor each. Errors are relative L2 against float64 on the original bf16 weights.
+bandwidth in every round beside the implementations (it changes where other machines share the memory). In training,
+forward and backward have a floor each. Errors are relative L2 against float64 on the original bf16 weights.
 Writes bench.json and roofline.png to --out; engine.json with `engine`.
 """
 

@@ -1,6 +1,7 @@
 // What this machine can do at most, one JSON line a test: {"name", "kind", "unit", "median", "min", "max"}.
 // kind: fp32, bf16, int8 (multiply and add counted as two operations) or read (DRAM).
-// Usage: limits THREADS BUFFER_BYTES [read]; "read": that kind alone. Compiled for the baseline; each test has its own target and runs if the CPU has it.
+// Usage: limits THREADS BUFFER_BYTES [read]; "read": that kind alone. Compiled for the baseline; each test has its own target and runs if
+// the CPU has it.
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -36,7 +36,8 @@ def rows_of(outcome: Outcome, limits: Sequence[Limit]) -> list[dict[str, Any]]:
         if limits and loaded["packed_bytes"]:
             read = loaded["packed_bytes"] / shape.experts * touched[tokens]
             method = name.partition(":")[2].partition("?")[0]
-            floor = floor_of(_now(limits, outcome.reads.get(tokens)), method, shape.flops(tokens), read, backward=pass_ == "backward")
+            here = _now(limits, outcome.reads.get(tokens))
+            floor = floor_of(here, method, shape.flops(tokens), read, backward=pass_ == "backward")
             row |= {"floor": floor.to_json(), "fraction": floor.ms / row["ms"]}
         rows.append(row)
     compare(rows)

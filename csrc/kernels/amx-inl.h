@@ -72,6 +72,26 @@ struct TileGemm {
     Vector::scale_int8(reinterpret_cast<const float*>(operand + tiled_bytes(m, direct_steps_of(l.format, l.k))), nullptr, m, w, p0, p1, c);
   }
 
+  // The weights that a panel needs next, its next step block or the first one of the panel that follows this call: each of the blocks of
+  // rows asks for its share of them, so that they are in L2 when the first one wants them.
+  struct Ahead {
+    const std::byte* at = nullptr;
+    int lines = 0;  // in each k-step
+    Ahead() = default;
+    Ahead(const PackedMatrix& w, int p, int panels, int step, int block, int blocks) {
+      if (step >= w.layout().k_steps) p += panels, step = 0;
+      if (p >= w.layout().n_panels) return;
+      constexpr int kLines = kPairBytes / 64;
+      const int share = ceil_div(kLines, blocks), first = block * share;
+      if (first >= kLines) return;
+      at = w.tile(p, 0, step) + 64 * first;
+      lines = kLines - first < share ? kLines - first : share;
+    }
+    void ask(int step) const {
+      for (int i = 0; i < lines; ++i) __builtin_prefetch(at + step * kPairBytes + 64 * i, 0, 2);
+    }
+  };
+
   // Tiles as they lie in memory: the activations of a step block stay in L1, the weights stream.
   template <bool kInt8>
   static void forward_tiles(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
@@ -82,7 +102,8 @@ struct TileGemm {
       for (int block = 0; block < ceil_div(m, 32); ++block)
         for (int p = p0; p < p1; ++p)
           forward_block<kInt8, true>(operand, m, steps, block, s0, n, w.tile(p, 0, s0),
-                                     c + static_cast<std::size_t>(p - p0) * c_block_floats(m), accumulate || s0 > 0);
+                                     c + static_cast<std::size_t>(p - p0) * c_block_floats(m), accumulate || s0 > 0,
+                                     Ahead(w, p, p1 - p0, s0 + kStepBlock, block, ceil_div(m, 32)));
     }
   }
 
@@ -105,14 +126,14 @@ struct TileGemm {
   // 32 rows x one panel: steps [s0, s0 + n) of `steps`, whose weights begin at b.
   template <bool kInt8, bool kStreamB>
   static inline __attribute__((always_inline)) void forward_block(const std::byte* operand, int m, int steps, int block, int s0, int n,
-                                                                  const std::byte* b, float* c, bool accumulate) {
+                                                                  const std::byte* b, float* c, bool accumulate, Ahead ahead = {}) {
     const std::byte* a = operand + tile_at(m, steps, 2 * block, s0);
     float* at = c + block * 32 * kPanelColumns;
     if (block_tiles(m, block) == 2)
       accumulate_tiles<kInt8, 2, kStreamB>(a, kPairBytes, kTileBytes, b, kPairBytes, kTileBytes, n, at, 16 * kPanelColumns, 16,
-                                           kPanelColumns, accumulate);
+                                           kPanelColumns, accumulate, ahead);
     else
-      accumulate_tiles<kInt8, 1, kStreamB>(a, kTileBytes, 0, b, kPairBytes, kTileBytes, n, at, 0, 16, kPanelColumns, accumulate);
+      accumulate_tiles<kInt8, 1, kStreamB>(a, kTileBytes, 0, b, kPairBytes, kTileBytes, n, at, 0, 16, kPanelColumns, accumulate, ahead);
   }
 
   template <int t, bool kStream>
@@ -128,7 +149,7 @@ struct TileGemm {
   static inline __attribute__((always_inline)) void accumulate_tiles(const std::byte* a, std::ptrdiff_t a_step, std::ptrdiff_t a_tile,
                                                                      const std::byte* b, std::ptrdiff_t b_step, std::ptrdiff_t b_tile,
                                                                      int n, float* c, std::ptrdiff_t c_a, std::ptrdiff_t c_b,
-                                                                     std::ptrdiff_t ld, bool accumulate) {
+                                                                     std::ptrdiff_t ld, bool accumulate, Ahead ahead = {}) {
     if (accumulate) {
       T::template load<0>(c, 4 * ld);
       T::template load<1>(c + c_b, 4 * ld);
@@ -141,6 +162,7 @@ struct TileGemm {
       if constexpr (kA == 2) T::template zero<3>();
     }
     for (int s = 0; s < n; ++s, a += a_step, b += b_step) {
+      ahead.ask(s);
       load_tile<6, kStreamB>(b);
       load_tile<4, !kStreamB>(a);
       T::template multiply<kInt8, 0, 4, 6>();
@@ -190,15 +212,15 @@ struct TileGemm {
     const int per_tile = direct_steps(format_info(w.layout().format));
     for (int s = s0 * per_tile; s < s1 * per_tile; ++s, c += c_block_floats(m) * (int8 ? 2 : 1)) {
       if (int8)
-        backward_step<4>(operand, m, w, s, c, accumulate);
+        backward_step<4>(operand, m, w, s, s + 1 < s1 * per_tile, c, accumulate);
       else
-        backward_step<2>(operand, m, w, s, c, accumulate);
+        backward_step<2>(operand, m, w, s, s + 1 < s1 * per_tile, c, accumulate);
     }
   }
 
-  // Direct k-step s.
+  // Direct k-step s; `more`: the next one follows.
   template <int kWords>
-  static void backward_step(const std::byte* operand, int m, const PackedMatrix& w, int s, float* c, bool accumulate) {
+  static void backward_step(const std::byte* operand, int m, const PackedMatrix& w, int s, bool more, float* c, bool accumulate) {
     constexpr int kPanels = 16 / kWords;  // a round expands 16 KB of A tiles: they stay in L1 for all rows
     alignas(64) std::byte expanded[kPanels * kWords * kTileBytes];
     alignas(64) float sums[kWords * kMaxTiles * 256];  // C^T: [k tile][row tile][16 k][16 rows]
@@ -211,6 +233,8 @@ struct TileGemm {
         const std::byte* pair = unpacked;
         if (stored) {
           pair = w.tile(p + i, 0, s);
+          if (more)  // the next k-step walks over all panels again: too far apart for the hardware to foresee
+            for (int line = 0; line < kPairBytes / 64; ++line) __builtin_prefetch(pair + kPairBytes + 64 * line, 0, 2);
         } else {
           Unpack<V>::tile(w, p + i, 0, s, unpacked);
           Unpack<V>::tile(w, p + i, 1, s, unpacked + kTileBytes);

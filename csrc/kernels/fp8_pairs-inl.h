@@ -26,16 +26,19 @@ template <class V>
 struct Fp8Pairs {
   using F = typename V::F;
   using I = typename V::I;
+  static constexpr int kMostRows = 256;  // any: more than kFewRows through tiles in cache
   static constexpr int kFewRows = 8;
   static constexpr int kTile = Fp8Format::rows * kRowBytes, kCodeRows = Fp8Format::rows - Fp8Format::scale_rows;
   static constexpr int kStepWords = Fp8Format::k_step / 2;
 
+  static std::size_t bytes(int m, int padded) { return static_cast<std::size_t>(m) * static_cast<std::size_t>(padded) * 2; }
   static void pack(RowSource rows, int m, int k, int padded, std::byte* dst) {
     interleave_groups<V>(m, padded / 2, dst, [&](int r, int i) { return V::cross_pairs(load_pairs<V>(rows.row<bf16>(r), 32 * i, k)); });
   }
 
   // All rows times one panel.
-  static void panel(const std::byte* operand, int m, const std::byte* panel, int k_steps, float* c, std::ptrdiff_t ldc, bool accumulate) {
+  static void panel(const std::byte* operand, int m, int /*padded*/, const std::byte* panel, int k_steps, float* c, std::ptrdiff_t ldc,
+                    bool accumulate) {
     const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
     if (m <= kFewRows)
       run_of(m, std::make_integer_sequence<int, kFewRows>{})(panel, k_steps, x, c, ldc, accumulate);
@@ -74,7 +77,7 @@ struct Fp8Pairs {
                            bool accumulate) {
     constexpr int kSteps = kStepWords / 16;
     alignas(64) std::byte tiles[2][kSteps * kTileBytes];
-    alignas(64) float sums[kMaxRows * kPanelColumns];
+    alignas(64) float sums[kMostRows * kPanelColumns];
     for (int s = 0; s < k_steps; ++s, panel += 2 * kTile) {
       for (int t = 0; t < 2; ++t)
         for (int row = 0; row < kCodeRows; ++row) {
@@ -91,7 +94,6 @@ struct Fp8Pairs {
     }
   }
 
-  static constexpr int kMaxRows = 256;
   template <int R>
   static constexpr int kSums = R == 1 ? 4 : 2;  // a single chain of additions would wait for itself
 

@@ -13,13 +13,27 @@ struct VectorGemm {
   // So few rows of int4 (portable: and of block formats) are multiplied from registers; for more, weights are unpacked into cache.
   static constexpr int kFewRows = 2;
   using Int8Few = std::conditional_t<V::kSignedBytes, Int8SignDot<V>, Int8Dot>;
+  // What multiplies few rows of a block format (up to kMostRows).
   template <class Fmt>
-  using BlockFew = std::conditional_t<std::is_same_v<Fmt, Fp8Format>, Fp8Dot<V>, BlockDot<V, Fmt>>;  // for Dot::kMostRows rows
-  // Rows of a block format that BlockFew takes.
-  template <class Fmt>
-  static bool few(int m) {
-    if (V::kPlainLoops || (V::kBf16Pairs && std::is_same_v<Fmt, Fp8Format>)) return false;
-    return m <= BlockFew<Fmt>::kMostRows;
+  using FewBlocks = std::conditional_t<V::kPlainLoops, PlainBlocks<V, Fmt>,
+                                       std::conditional_t<!std::is_same_v<Fmt, Fp8Format>, RowGroups<BlockDot<V, Fmt>>,
+                                                          std::conditional_t<V::kBf16Pairs, Fp8Pairs<V>, RowGroups<Fp8Dot<V>>>>>;
+  // use(FewBlocks) if the format has one that takes m rows.
+  template <class Use>
+  static bool with_few_blocks(WeightFormat format, int m, Use use) {
+    switch (format) {
+#define KTMOE_FORMAT(id, traits) \
+  case WeightFormat::id:         \
+    break;
+#define KTMOE_BLOCK_FORMAT(id, traits)                  \
+  case WeightFormat::id:                                \
+    if (m > FewBlocks<traits>::kMostRows) return false; \
+    use(FewBlocks<traits>{});                           \
+    return true;
+#include "format/formats.inc"
+#undef KTMOE_FORMAT
+    }
+    return false;
   }
 
   static bool int8_products(WeightFormat format) { return format_info(format).direct == WeightFormat::int8; }
@@ -39,38 +53,14 @@ struct VectorGemm {
     return static_cast<std::size_t>(m) * (few_int4(format, m) && !V::kVnni ? quads + quads / 4 : words_per_row(format, k));
   }
   static std::size_t operand_bytes(WeightFormat format, int m, int k) {
-    switch (format) {
-#define KTMOE_FORMAT(id, traits) \
-  case WeightFormat::id:         \
-    break;
-#define KTMOE_BLOCK_FORMAT(id, traits)                                                                              \
-  case WeightFormat::id:                                                                                            \
-    if (few<traits>(m))                                                                                             \
-      return static_cast<std::size_t>(m) *                                                                          \
-             static_cast<std::size_t>(BlockFew<traits>::row_bytes(round_up(k, format_info(format).k_step)));        \
-    break;
-#include "format/formats.inc"
-#undef KTMOE_FORMAT
-    }
-    return operand_words(format, m, k) * 4 + static_cast<std::size_t>(m) * 8;  // 8: the scale and offset of int8
+    std::size_t bytes = operand_words(format, m, k) * 4 + static_cast<std::size_t>(m) * 8;  // 8: the scale and offset of int8
+    with_few_blocks(format, m, [&](auto few) { bytes = few.bytes(m, round_up(k, format_info(format).k_step)); });
+    return bytes;
   }
 
   static void pack_operand(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, std::byte* dst) {
     const int padded = round_up(k, format_info(format).k_step);
-    switch (format) {
-#define KTMOE_FORMAT(id, traits) \
-  case WeightFormat::id:         \
-    break;
-#define KTMOE_BLOCK_FORMAT(id, traits)                                                                        \
-  case WeightFormat::id:                                                                                      \
-    if constexpr (!V::kPlainLoops)                                                                            \
-      if (few<traits>(m)) return RowGroups<BlockFew<traits>>::pack(rows, m, k, padded, dst);                  \
-    break;
-#include "format/formats.inc"
-#undef KTMOE_FORMAT
-    }
-    if constexpr (V::kBf16Pairs)
-      if (format == WeightFormat::fp8) return Fp8Pairs<V>::pack(rows, m, k, padded, dst);
+    if (with_few_blocks(format, m, [&](auto few) { few.pack(rows, m, k, padded, dst); })) return;
     if (!int8_products(format)) return Products::pack(rows, m, k, padded, dst);
     if (few_int4(format, m) && !V::kVnni) return pack_few_int4(rows, row_scale, m, k, padded, dst);
     if (m <= kFewRows)
@@ -162,14 +152,14 @@ struct VectorGemm {
         else
           forward_unpacked<InCache<Int8Dot>>(operand, m, w, p0, p1, c, false);
         return scale_int8(operand, m, w, p0, p1, c);
-#define KTMOE_FORMAT(id, traits)
-#define KTMOE_BLOCK_FORMAT(id, traits)                                        \
-  case WeightFormat::id:                                                      \
-    if (forward_blocks<traits>(operand, m, w, p0, p1, c, accumulate)) return; \
-    break;
-#include "format/formats.inc"
-#undef KTMOE_FORMAT
+      default:
+        break;
     }
+    if (with_few_blocks(w.layout().format, m, [&](auto few) {
+          for (int p = p0; p < p1; ++p, c += c_block_floats(m))
+            few.panel(operand, m, w.layout().k_padded(), w.panel(p), w.layout().k_steps, c, kPanelColumns, accumulate);
+        }))
+      return;
     if constexpr (V::kBf16Pairs)
       forward_unpacked<typename Products::Cached>(operand, m, w, p0, p1, c, accumulate);
     else
@@ -196,25 +186,6 @@ struct VectorGemm {
   static auto int4_run(int rows, std::integer_sequence<int, r...>) {
     static constexpr decltype(&Int4VnniDot<V, 1>::run) runs[] = {&Int4VnniDot<V, r + 1>::run...};
     return runs[rows - 1];
-  }
-
-  template <class Fmt>
-  static bool forward_blocks(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
-    const PackedLayout& l = w.layout();
-    if constexpr (V::kPlainLoops) {
-      if (m > kFewRows) return false;
-      const auto* x = reinterpret_cast<const float*>(operand);
-      for (int p = p0; p < p1; ++p, c += c_block_floats(m))
-        (m == 1 ? mac_blocks<V, Fmt, 1> : mac_blocks<V, Fmt, 2>)(w.panel(p), l.k_steps, x, c, kPanelColumns, accumulate);
-    } else if constexpr (V::kBf16Pairs && std::is_same_v<Fmt, Fp8Format>) {
-      for (int p = p0; p < p1; ++p, c += c_block_floats(m))
-        Fp8Pairs<V>::panel(operand, m, w.panel(p), l.k_steps, c, kPanelColumns, accumulate);
-    } else {
-      if (!few<Fmt>(m)) return false;
-      for (int p = p0; p < p1; ++p, c += c_block_floats(m))
-        RowGroups<BlockFew<Fmt>>::panel(operand, m, l.k_padded(), w.panel(p), l.k_steps, c, kPanelColumns, accumulate);
-    }
-    return true;
   }
 
   // Each step block becomes direct tiles once, then all rows pass by.
@@ -295,8 +266,8 @@ struct VectorGemm {
   // Direct k-steps [s0, s1).
   template <int kWords>
   static void backward_steps(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
-    constexpr int kSteps = 2 / Products::kPerWord;      // steps of mac() in a panel
-    constexpr int kPanels = 16 / (kSteps * kWords);     // a round expands 16 KB, half of a small L1
+    constexpr int kSteps = 2 / Products::kPerWord;   // steps of mac() in a panel
+    constexpr int kPanels = 16 / (kSteps * kWords);  // a round expands 16 KB, half of a small L1
     constexpr std::size_t kPanelBytes = kSteps * kWords * kTileBytes;
     alignas(64) std::byte expanded[kPanels * kPanelBytes];
     alignas(64) float planes[kMaxBlockRows * 16 * kWords];

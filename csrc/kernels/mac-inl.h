@@ -82,28 +82,3 @@ void mac_rows(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t til
         MacTable<V, Dot, 1>::get(rows)(tile, step_stride, tile_stride, steps, group, dst, ldc, accumulate);
     });
 }
-
-// Few rows (R) times one panel of a block format, unpacked in registers, where no Dot takes them (the portable level). x: fp32 [k][R].
-template <class V, class Fmt, int R>
-void mac_blocks(const std::byte* panel, int k_steps, const float* x, float* c, std::ptrdiff_t ldc, bool accumulate) {
-  using F = typename V::F;
-  constexpr int kSums = R == 1 ? 2 : 1;  // even and odd k apart: a single chain of additions would wait for itself
-  F sum[2][kSums][R];
-  for (int t = 0; t < 2; ++t)
-    for (int i = 0; i < kSums; ++i)
-      for (int r = 0; r < R; ++r) sum[t][i][r] = V::set(0.0f);
-  for (int s = 0; s < k_steps; ++s, panel += 2 * Fmt::rows * kRowBytes)
-    for (int span = 0; span < Fmt::k_step / 32; ++span, x += 32 * R)
-#pragma GCC unroll 2
-      for (int t = 0; t < 2; ++t)
-        BlockWeights<V, Fmt>::each(panel + t * Fmt::rows * kRowBytes, span, [&](int k, F w) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) sum[t][k % kSums][r] = V::fma(w, V::set(x[k * R + r]), sum[t][k % kSums][r]);
-        });
-  for (int t = 0; t < 2; ++t)
-    for (int r = 0; r < R; ++r) {
-      float* at = c + r * ldc + 16 * t;
-      const F total = kSums == 2 ? V::add(sum[t][0][r], sum[t][kSums - 1][r]) : sum[t][0][r];
-      V::store(at, accumulate ? V::add(V::load(at), total) : total);
-    }
-}

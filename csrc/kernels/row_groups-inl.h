@@ -23,6 +23,9 @@ inline void each_group(int m, Use use) {
 
 template <class Dot>
 struct RowGroups {
+  static constexpr int kMostRows = Dot::kMostRows;
+
+  static std::size_t bytes(int m, int padded) { return static_cast<std::size_t>(m) * static_cast<std::size_t>(Dot::row_bytes(padded)); }
 
   // m rows of bf16, k columns, padded to `padded`.
   static void pack(RowSource rows, int m, int k, int padded, std::byte* dst) {

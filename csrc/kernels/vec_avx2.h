@@ -8,8 +8,8 @@ struct Vec {
     __m256i a, b;
   };
   static constexpr bool kPlainLoops = false;  // no unrolled instruction sequences
-  static constexpr bool kVnni = false;       // has xor_i, dpbusd
-  static constexpr bool kBf16Pairs = false;  // has dpbf16
+  static constexpr bool kVnni = false;        // has xor_i, dpbusd
+  static constexpr bool kBf16Pairs = false;   // has dpbf16
   static constexpr bool kSignedBytes = true;  // abs8 and sign8 are one instruction each
   static constexpr bool kInOrder = true;      // see weight_order-inl.h
   static constexpr int kAhead = 8192;

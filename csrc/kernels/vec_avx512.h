@@ -4,8 +4,8 @@ struct Vec {
   using F = __m512;
   using I = __m512i;
   static constexpr bool kPlainLoops = false;  // no unrolled instruction sequences
-  static constexpr bool kVnni = false;       // has xor_i, dpbusd
-  static constexpr bool kBf16Pairs = false;  // has dpbf16
+  static constexpr bool kVnni = false;        // has xor_i, dpbusd
+  static constexpr bool kBf16Pairs = false;   // has dpbf16
   static constexpr bool kSignedBytes = false;
   static constexpr bool kInOrder = false;  // see weight_order-inl.h
   static constexpr int kAhead = 4096;

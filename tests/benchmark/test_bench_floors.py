@@ -9,6 +9,8 @@ from bench.cells import Cell, compare, fitted, summary
 from bench.floors import better_of, floor_of, peak_for
 from bench.limits import Limit, NoCompilerError, compile_native, drift
 from bench.problem import SHAPES, Shape, touched_experts
+from bench.report import rows_of
+from bench.runner import Outcome
 
 
 def limit(name: str, kind: str, median: float) -> Limit:
@@ -79,6 +81,15 @@ def test_the_better_of_two_measurements_counts_and_drift_shows() -> None:
     slower = [limit("avx2 fma", "fp32", 150), limit("avx2 madd", "int8", 330)]
     assert [x.median for x in better_of(AVX2, slower)] == [200, 330, 25]
     assert drift(AVX2, slower) == pytest.approx({"avx2 fma": -0.25, "avx2 madd": 0.1})
+
+
+def test_the_bandwidth_beside_a_cell_is_that_of_its_floor() -> None:
+    outcome = Outcome("inference", SHAPES["T"])
+    outcome.loaded["ktmoe:BF16"] = {"error": 0.002, "packed_bytes": 1 << 20}
+    outcome.samples = {("ktmoe:BF16", tokens, "forward"): [1e-3] for tokens in (1, 4)}
+    outcome.reads = {1: [70.0, 40.0, 50.0]}
+    rows = {row["tokens"]: row["floor"]["gbs"] for row in rows_of(outcome, AMX)}
+    assert rows == {1: 50, 4: 25}, "the median of its own rounds; the best of the run where there are none"
 
 
 def test_operations_and_touched_experts() -> None:

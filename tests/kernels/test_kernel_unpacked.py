@@ -26,7 +26,7 @@ def rounding_bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def forward_bound(few: bool, x: np.ndarray, w: np.ndarray, start: np.ndarray | float = 0.0) -> np.ndarray:
-    """few: so few rows that activations are rounded to int8, with one scale per 32 k; otherwise weights may be, to bf16."""
+    """few: so few rows that activations are rounded to int8, one scale per 32 k; otherwise weights may be, to bf16."""
     bound = sum_bound(x.shape[1] + 1, np.abs(x) @ np.abs(w).T + np.abs(start), 0.0 if few else U16)
     # 2^-6 more: scale * q and the minimum of a block are multiplied apart, and each product is rounded.
     return bound + rounding_bound(x, w) * (1 + 2.0**-6) if few else bound

@@ -135,8 +135,8 @@ def test_workers_run_where_they_are_told_and_callers_where_they_want() -> None:
     layer = Layer(SHAPE, "bf16", "", pool=_ext.ThreadPool([2, 3], [-1, -1], homes))
     x = make_inputs(SHAPE, 60)
     assert_same(layer.forward(x), Layer(SHAPE, "bf16", "", threads=1, parts=2).forward(x), "pinned")
-    # A leader for the second sub-pool, and the workers beside each leader. On a busy machine a worker that nobody waited for may
-    # not have started yet.
+    # A leader for the second sub-pool, and the workers beside each leader. A worker that nobody waited for may
+    # not have started yet on a busy machine.
     expected = sorted([allowed[0]] + 3 * [allowed[-1]])
     deadline = time.monotonic() + 20
     while True:

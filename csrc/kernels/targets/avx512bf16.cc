@@ -15,10 +15,12 @@
 
 namespace ktmoe {
 namespace avx512bf16 {
+// clang-format off: each part needs the ones before it
 #include "kernels/vec_avx512.h"
 #include "kernels/vec_vnni.h"
 #include "kernels/vec_bf16.h"
 #include "kernels/vector-inl.h"
+// clang-format on
 constexpr KernelTable table = make_table<VectorGemm<Bf16Vec, Int8VnniDot<Bf16Vec>>, Bf16Vec>(Isa::avx512bf16, 96);
 }  // namespace avx512bf16
 }  // namespace ktmoe
