@@ -10,8 +10,7 @@ struct VectorGemm {
   using Products = std::conditional_t<V::kBf16Pairs, Bf16Products<V>, Fp32Products<V>>;
   static constexpr int kMaxBlockRows = 256;
 
-  // So few rows of int4 (portable: and of block formats) are multiplied from registers; for more, weights are unpacked into cache.
-  static constexpr int kFewRows = 2;
+  static constexpr int kFewRows = 2;  // of int8, which Int8Few takes
   using Int8Few = std::conditional_t<V::kSignedBytes, Int8SignDot<V>, Int8Dot>;
   // What multiplies few rows of a block format (up to kMostRows).
   template <class Fmt>
@@ -45,7 +44,8 @@ struct VectorGemm {
 
   // --- operands ---
 
-  static constexpr int kFewInt4 = V::kVnni ? 2 * V::kRows : kFewRows;
+  // So few rows of int4 are multiplied from registers; for more, weights become int8 tiles in cache.
+  static constexpr int kFewInt4 = V::kVnni ? 2 * V::kRows : 2;
   static bool few_int4(WeightFormat format, int m) { return format == WeightFormat::int4 && m <= kFewInt4; }
   // The words of all rows; the scales and offsets of int8 lie behind them.
   static std::size_t operand_words(WeightFormat format, int m, int k) {
