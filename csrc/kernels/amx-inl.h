@@ -212,15 +212,15 @@ struct TileGemm {
     const int per_tile = direct_steps(format_info(w.layout().format));
     for (int s = s0 * per_tile; s < s1 * per_tile; ++s, c += c_block_floats(m) * (int8 ? 2 : 1)) {
       if (int8)
-        backward_step<4>(operand, m, w, s, s + 1 < s1 * per_tile, c, accumulate);
+        backward_step<4>(operand, m, w, s, c, accumulate);
       else
-        backward_step<2>(operand, m, w, s, s + 1 < s1 * per_tile, c, accumulate);
+        backward_step<2>(operand, m, w, s, c, accumulate);
     }
   }
 
-  // Direct k-step s; `more`: the next one follows.
+  // Direct k-step s.
   template <int kWords>
-  static void backward_step(const std::byte* operand, int m, const PackedMatrix& w, int s, bool more, float* c, bool accumulate) {
+  static void backward_step(const std::byte* operand, int m, const PackedMatrix& w, int s, float* c, bool accumulate) {
     constexpr int kPanels = 16 / kWords;  // a round expands 16 KB of A tiles: they stay in L1 for all rows
     alignas(64) std::byte expanded[kPanels * kWords * kTileBytes];
     alignas(64) float sums[kWords * kMaxTiles * 256];  // C^T: [k tile][row tile][16 k][16 rows]
@@ -231,10 +231,9 @@ struct TileGemm {
       for (int i = 0; i < n; ++i) {
         alignas(64) std::byte unpacked[kPairBytes];
         const std::byte* pair = unpacked;
+        Vector::ask_next_step(w, p + i, s);
         if (stored) {
           pair = w.tile(p + i, 0, s);
-          if (more)  // the next k-step walks over all panels again: too far apart for the hardware to foresee
-            for (int line = 0; line < kPairBytes / 64; ++line) __builtin_prefetch(pair + kPairBytes + 64 * line, 0, 2);
         } else {
           Unpack<V>::tile(w, p + i, 0, s, unpacked);
           Unpack<V>::tile(w, p + i, 1, s, unpacked + kTileBytes);

@@ -277,7 +277,8 @@ struct VectorGemm {
         const int panels = n_panels - p < kPanels ? n_panels - p : kPanels;
         for (int i = 0; i < panels; ++i) {
           alignas(64) std::byte rows[2][kTileBytes];
-          for (int t = 0; t < 2; ++t) transposed_tile(w, p + i, t, s, s + 1 < s1, rows[t]);
+          ask_next_step(w, p + i, s);
+          for (int t = 0; t < 2; ++t) transposed_tile(w, p + i, t, s, rows[t]);
           Products::template expand<kWords>(rows[0], rows[1], expanded + static_cast<std::size_t>(i) * kPanelBytes);
         }
         mac_rows<V, typename Products::Cached>(expanded, kWords * kTileBytes, kTileBytes, kWords, kSteps * p, kSteps * panels,
@@ -292,12 +293,20 @@ struct VectorGemm {
     }
   }
 
-  static void transposed_tile(const PackedMatrix& w, int p, int t, int step, bool more, std::byte* rows) {
+  // The way back walks over all panels before it comes to their next k-step, which is too far apart for the hardware to foresee: asked for
+  // when the first direct step of a stored one begins.
+  static void ask_next_step(const PackedMatrix& w, int p, int step) {
+    const PackedLayout& l = w.layout();
+    const FormatInfo& info = format_info(l.format);
+    const int stored = step / direct_steps(info);
+    if (step % direct_steps(info) || stored + 1 >= l.k_steps) return;
+    const std::byte* next = w.tile(p, 0, stored + 1);
+    for (int at = 0; at < 2 * info.tile_bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
+  }
+
+  static void transposed_tile(const PackedMatrix& w, int p, int t, int step, std::byte* rows) {
     if (w.layout().format == w.layout().direct()) {
-      const std::byte* tile = w.tile(p, t, step);
-      if (more)  // the next k-step walks over all panels again, 2 KB further on in each: too far apart for the hardware to foresee
-        for (int j = 0; j < 16; ++j) __builtin_prefetch(tile + 2 * kTileBytes + 64 * j, 0, 2);
-      V::transpose16(tile, 64, rows);
+      V::transpose16(w.tile(p, t, step), 64, rows);
     } else {
       Unpack<V>::tile(w, p, t, step, rows);
       V::transpose16(rows, 64, rows);
