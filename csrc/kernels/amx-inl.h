@@ -238,7 +238,8 @@ struct TileGemm {
           Unpack<V>::tile(w, p + i, 0, s, unpacked);
           Unpack<V>::tile(w, p + i, 1, s, unpacked + kTileBytes);
         }
-        expand_lanes<kWords>(pair, pair + kTileBytes, expanded + i * kWords * kTileBytes);
+        // kWords tiles of W^T: row k (natural order) holds the pairs (W[n][k] of tile a, W[n][k] of tile b).
+        expand_lanes<V, kWords, 64 * kWords, 64>(pair, pair + kTileBytes, expanded + i * kWords * kTileBytes);
       }
       for (int block = 0; block < ceil_div(m, 32); ++block)
         for (int k = 0; k < kWords; k += 2)
@@ -276,24 +277,6 @@ struct TileGemm {
         T::template multiply<false, 0, 4, 6>();
       }
       T::template store<0>(at, 64);
-    }
-  }
-
-  // Tiles a, b of a panel -> kWords tiles of W^T: row k (natural order) holds the pairs (W[n][k] of tile a, W[n][k] of tile b).
-  template <int kWords>
-  static void expand_lanes(const std::byte* tile_a, const std::byte* tile_b, std::byte* dst) {
-    using Pairs = LanePairs<V>;
-    for (int j = 0; j < 16; ++j, dst += 64 * kWords) {
-      const auto a = V::load_i(tile_a + 64 * j), b = V::load_i(tile_b + 64 * j);
-      if constexpr (kWords == 2) {
-        V::store_i(dst, Pairs::low(a, b));
-        V::store_i(dst + 64, Pairs::high(a, b));
-      } else {
-        V::store_i(dst, Pairs::template bytes<24>(a, b));
-        V::store_i(dst + 64, Pairs::template bytes<16>(a, b));
-        V::store_i(dst + 128, Pairs::template bytes<8>(a, b));
-        V::store_i(dst + 192, Pairs::template bytes<0>(a, b));
-      }
     }
   }
 

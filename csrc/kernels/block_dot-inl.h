@@ -95,12 +95,8 @@ struct BlockDot {
     const auto scales = BlockWeights<V, Fmt>::scales(tile, span);
     I half[2][R];  // sums of k < 16 and k >= 16, where they are apart; else all in the first
     I part[R];     // 16-bit sums if kPairSums, else 32-bit ones
-    if constexpr (kStart)
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) part[r] = V::set_i(reinterpret_cast<const std::int32_t*>(x_scales)[kSpanScales * r + 1]);
-    else
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) part[r] = V::set_i(0);
+    for (int r = 0; r < R; ++r) part[r] = V::set_i(kStart ? reinterpret_cast<const std::int32_t*>(x_scales)[kSpanScales * r + 1] : 0);
     products<R, 0>(tile, span, x, half, part);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {

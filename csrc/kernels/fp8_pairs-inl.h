@@ -41,18 +41,12 @@ struct Fp8Pairs {
                     bool accumulate) {
     const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
     if (m <= kFewRows)
-      run_of(m, std::make_integer_sequence<int, kFewRows>{})(panel, k_steps, x, c, ldc, accumulate);
+      for_rows<kFewRows>(m, [](auto rows) { return &run<rows>; })(panel, k_steps, x, c, ldc, accumulate);
     else
       run_in_cache(panel, k_steps, x, m, c, ldc, accumulate);
   }
 
  private:
-  template <int... r>
-  static auto run_of(int rows, std::integer_sequence<int, r...>) {
-    static constexpr decltype(&run<1>) runs[] = {&run<r + 1>...};
-    return runs[rows - 1];
-  }
-
   template <int R>
   static void run(const std::byte* panel, int k_steps, const std::uint32_t* x, float* c, std::ptrdiff_t ldc, bool accumulate) {
     for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += kStepWords * R) {

@@ -62,18 +62,21 @@ struct VectorGemm {
     const int padded = round_up(k, format_info(format).k_step);
     if (with_few_blocks(format, m, [&](auto few) { few.pack(rows, m, k, padded, dst); })) return;
     if (!int8_products(format)) return Products::pack(rows, m, k, padded, dst);
-    if (few_int4(format, m) && !V::kVnni) return pack_few_int4(rows, row_scale, m, k, padded, dst);
-    if (m <= kFewRows)
-      pack_int8<Int8Few>(format, rows, row_scale, m, k, padded, dst);
+    auto* scale = reinterpret_cast<float*>(dst) + operand_words(format, m, k);
+    auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
+    for (int r = 0; r < m; ++r) scale[r] = row_scale[rows.index ? rows.index[r] : r];
+    std::fill_n(offset, m, 0);
+    if (few_int4(format, m) && !V::kVnni)
+      pack_few_int4(rows, m, padded, dst);
+    else if (m <= kFewRows)
+      pack_int8<Int8Few>(format, rows, m, k, padded, dst, offset);
     else
-      pack_int8<Int8Dot>(format, rows, row_scale, m, k, padded, dst);
+      pack_int8<Int8Dot>(format, rows, m, k, padded, dst, offset);
   }
 
   template <class Dot>
-  static void pack_int8(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, int padded, std::byte* dst) {
+  static void pack_int8(WeightFormat format, RowSource rows, int m, int k, int padded, std::byte* dst, std::int32_t* offset) {
     auto* words = reinterpret_cast<std::uint32_t*>(dst);
-    auto* scale = reinterpret_cast<float*>(words + operand_words(format, m, k));
-    auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
     if constexpr (Dot::words == 1)
       interleave_groups<V>(m, padded / 4, dst, [&](int r, int i) { return V::load_i(rows.row<std::int8_t>(r) + 64 * i); });
     else
@@ -85,11 +88,8 @@ struct VectorGemm {
         }
         words += static_cast<std::size_t>(n) * words_per_row(format, k);
       });
-    for (int r = 0; r < m; ++r) {
-      scale[r] = row_scale[rows.index ? rows.index[r] : r];
-      offset[r] = 0;
-      if constexpr (Dot::unsigned_weights) offset[r] = 128 * sum_bytes(rows.row<std::int8_t>(r), padded);
-    }
+    if constexpr (Dot::unsigned_weights)
+      for (int r = 0; r < m; ++r) offset[r] = 128 * sum_bytes(rows.row<std::int8_t>(r), padded);
   }
 
   static std::int32_t sum_bytes(const std::int8_t* x, int n) {
@@ -103,11 +103,9 @@ struct VectorGemm {
   }
 
   // What mac_int4 reads, in the place of the words: int8 quads, then the sums of blocks.
-  static void pack_few_int4(RowSource rows, const float* row_scale, int m, int k, int padded, std::byte* dst) {
+  static void pack_few_int4(RowSource rows, int m, int padded, std::byte* dst) {
     auto* words = reinterpret_cast<std::uint32_t*>(dst);
     std::uint32_t* minus_sum = words + padded / 4 * m;
-    auto* scale = reinterpret_cast<float*>(words + operand_words(WeightFormat::int4, m, k));
-    auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
     for (int r = 0; r < m; ++r) {
       const std::int8_t* x = rows.row<std::int8_t>(r);
       for (int q = 0; q < padded / 4; ++q) std::memcpy(words + q * m + r, x + 4 * q, 4);
@@ -116,8 +114,6 @@ struct VectorGemm {
         for (int i = 0; i < Int4Format::block; ++i) sum += x[Int4Format::block * b + i];
         minus_sum[b * m + r] = static_cast<std::uint16_t>(-sum);
       }
-      scale[r] = row_scale[rows.index ? rows.index[r] : r];
-      offset[r] = 0;
     }
   }
 
@@ -173,7 +169,7 @@ struct VectorGemm {
     for (int p = p0; p < p1; ++p, c += c_block_floats(m)) {
       if constexpr (V::kVnni) {
         each_group<V::kRows>(m, [&](int r, int n) {
-          const auto run = int4_run(n, std::make_integer_sequence<int, V::kRows>{});
+          const auto run = for_rows<V::kRows>(n, [](auto rows) { return &Int4VnniDot<V, rows>::run; });
           run(w.panel(p), k_steps, x + static_cast<std::size_t>(r) * quads, c + r * kPanelColumns, kPanelColumns);
         });
       } else {
@@ -181,11 +177,6 @@ struct VectorGemm {
         (m == 1 ? mac_int4<V, 1> : mac_int4<V, 2>)(w.panel(p), k_steps, x, minus_sum, c, kPanelColumns);
       }
     }
-  }
-  template <int... r>
-  static auto int4_run(int rows, std::integer_sequence<int, r...>) {
-    static constexpr decltype(&Int4VnniDot<V, 1>::run) runs[] = {&Int4VnniDot<V, r + 1>::run...};
-    return runs[rows - 1];
   }
 
   // Each step block becomes direct tiles once, then all rows pass by.

@@ -53,17 +53,6 @@ void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_str
     for (int t = 0; t < NT; ++t) Dot::store(c + r * ldc + 16 * t, acc[r][t]);
 }
 
-template <class V, class Dot, int NT>
-struct MacTable {
-  using Fn = void (*)(const std::byte*, std::ptrdiff_t, std::ptrdiff_t, int, const std::uint32_t*, float*, std::ptrdiff_t, bool);
-  template <int... R>
-  static Fn pick(int rows, std::integer_sequence<int, R...>) {
-    static constexpr Fn table[] = {&mac<V, Dot, R + 1, NT>...};
-    return table[rows - 1];
-  }
-  static Fn get(int rows) { return pick(rows, std::make_integer_sequence<int, V::kRows>{}); }
-};
-
 // All m rows of an operand in groups (each_group<V::kRows>), words_per_row for each row; NT from the number of rows, never from the data.
 template <class V, class Dot>
 void mac_rows(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int n_tiles, int first_step, int steps,
@@ -77,8 +66,10 @@ void mac_rows(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t til
       const std::byte* tile = w + t * tile_stride;
       float* dst = c + r0 * ldc + 16 * t;
       if (wide && t + 1 < n_tiles)
-        MacTable<V, Dot, 2>::get(rows)(tile, step_stride, tile_stride, steps, group, dst, ldc, accumulate);
+        for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 2>; })(tile, step_stride, tile_stride, steps, group, dst, ldc,
+                                                                            accumulate);
       else
-        MacTable<V, Dot, 1>::get(rows)(tile, step_stride, tile_stride, steps, group, dst, ldc, accumulate);
+        for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 1>; })(tile, step_stride, tile_stride, steps, group, dst, ldc,
+                                                                            accumulate);
     });
 }

@@ -1,5 +1,6 @@
 // Rows of bf16 activations, and few of them in groups of at most Dot::kGroup, whose sums stay in registers: the operand is one group
 // after the other. A Dot has
+//   kGroup, kMostRows                                     most rows of a group, and of an operand
 //   row_bytes(padded)                                     of the operand, for each row
 //   pack_group(rows, r0, n, k, padded, dst)               rows r0 .. r0 + n - 1
 //   run<n>(panel, k_steps, operand, c, ldc, accumulate)   a group times one panel
@@ -21,6 +22,15 @@ inline void each_group(int m, Use use) {
   for (int r = 0; r < m; r += size) use(r, std::min(m - r, size));
 }
 
+// of(R) for R = rows, 1 .. kMost: a function for each number of rows, chosen by a table.
+template <int kMost, class Of>
+inline auto for_rows(int rows, Of) {
+  return [rows]<int... r>(std::integer_sequence<int, r...>) {
+    static constexpr decltype(Of{}(std::integral_constant<int, 1>{})) functions[] = {Of{}(std::integral_constant<int, r + 1>{})...};
+    return functions[rows - 1];
+  }(std::make_integer_sequence<int, kMost>{});
+}
+
 template <class Dot>
 struct RowGroups {
   static constexpr int kMostRows = Dot::kMostRows;
@@ -36,15 +46,8 @@ struct RowGroups {
   static void panel(const std::byte* operand, int m, int padded, const std::byte* panel, int k_steps, float* c, std::ptrdiff_t ldc,
                     bool accumulate) {
     each_group<Dot::kGroup>(m, [&](int r, int n) {
-      const auto run = run_of(n, std::make_integer_sequence<int, Dot::kGroup>{});
+      const auto run = for_rows<Dot::kGroup>(n, [](auto rows) { return &Dot::template run<rows>; });
       run(panel, k_steps, operand + r * Dot::row_bytes(padded), c + r * ldc, ldc, accumulate);
     });
-  }
-
- private:
-  template <int... r>
-  static auto run_of(int rows, std::integer_sequence<int, r...>) {
-    static constexpr decltype(&Dot::template run<1>) runs[] = {&Dot::template run<r + 1>...};
-    return runs[rows - 1];
   }
 };

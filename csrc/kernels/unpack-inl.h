@@ -123,11 +123,14 @@ struct Int4Codes {
   I m() const {
     return V::template spread<b>(m4);
   }
-  // o - 128 in each byte: m q - (o - 128) is the weight + 128.
   template <int b>
-  I unsigned_offsets() const {
+  I o_bytes() const {  // o in each byte
     const I o16 = o<b>();
-    return V::sub8(V::or_i(o16, V::template shl<8>(o16)), V::set_i(static_cast<std::int32_t>(0x80808080u)));
+    return V::or_i(o16, V::template shl<8>(o16));
+  }
+  template <int b>
+  I unsigned_offsets() const {  // o - 128 in each byte: m q - (o - 128) is the weight + 128
+    return V::sub8(o_bytes<b>(), V::set_i(static_cast<std::int32_t>(0x80808080u)));
   }
   template <int b>
   I o() const {  // (15 + z) m / 3, exact below 2^15
@@ -201,7 +204,7 @@ struct Unpack {
   }
   template <int b>
   static inline __attribute__((always_inline)) void int4_block(const Int4Codes<V>& codes, const std::byte* src, std::byte* dst) {
-    const I m = codes.template m<b>(), o16 = codes.template o<b>(), o = V::or_i(o16, V::template shl<8>(o16));
+    const I m = codes.template m<b>(), o = codes.template o_bytes<b>();
     for (int r = 0; r < 4; ++r) {
       const std::byte* at = src + kRowBytes * (1 + 4 * (b / 2) + r);
       if (b % 2 == 0) __builtin_prefetch(at + 4096, 0, 2);
