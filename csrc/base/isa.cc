@@ -2,6 +2,7 @@
 #include "base/isa.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
