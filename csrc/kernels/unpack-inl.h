@@ -10,6 +10,16 @@ static inline __attribute__((always_inline)) typename V::I move_bit(typename V::
     return V::template shl<to - from>(x);
 }
 
+// What the 16 codes of four bits stand for, as floats: tables for V::lookup.
+struct Iq4Floats {
+  float at[16];
+  constexpr Iq4Floats() : at{} {
+    for (int i = 0; i < 16; ++i) at[i] = kIq4Values[i];
+  }
+};
+inline constexpr Iq4Floats kIq4Floats;
+inline constexpr float kNibbles[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // Weights of a block format, 16 columns at a time, span by span: a span is 32 consecutive k, what one bf16 tile holds.
 // w = level * scale - shift is exact in fp32, or rounds once, in the same way on every level; see the format's own file.
 template <class V, class Fmt>
@@ -77,34 +87,49 @@ struct BlockWeights {
     return V::to_f(V::and_i(V::template shr<8 * i>(row), 255));
   }
 
+  // Where levels are found or made several k at once, the compiler shares that among them.
   template <int k>
   static inline __attribute__((always_inline)) F weight(const std::byte* levels, int span, const Scales& s) {
     constexpr int per_word = Fmt::bits == 8 ? 4 : 8;
-    const std::byte* at = levels + kRowBytes * (span * (32 / per_word) + k / per_word);
+    const std::byte* at = levels + kRowBytes * (32 / per_word) * span + kRowBytes * (k / per_word);
     if constexpr (k % per_word == 0) __builtin_prefetch(at + kDistance, 0, 2);
     const I row = V::load_i(at);
-    if constexpr (std::is_same_v<Fmt, Fp8Format>) {
-      const I top = V::template shl<24 - k % 4 * 8>(row);
-      return V::mul(V::as_f(V::and_i(V::template sar<4>(top), static_cast<std::int32_t>(0x87f00000u))), s.scale[0]);
+    const F scale = s.scale[Fmt::bits == 6 ? k / 16 : 0];
+    if constexpr (std::is_same_v<Fmt, Fp8Format>) {  // k and k + 1 as bf16
+      const I both = V::and_i(V::template sar16<4>(V::template upper_bytes<k % 4 / 2 * 2>(row)), static_cast<std::int32_t>(0x87f087f0u));
+      return V::mul(V::as_f(k % 2 ? V::and_i(both, static_cast<std::int32_t>(0xffff0000u)) : V::template shl<16>(both)), scale);
     } else if constexpr (Fmt::bits == 8) {
-      return V::mul(V::to_f(V::template sar<24>(V::template shl<24 - k % 4 * 8>(row))), s.scale[0]);
-    } else {
-      const I nibble = V::and_i(V::template shr<k % 8 * 4>(row), 15);
-      if constexpr (std::is_same_v<Fmt, Iq4NlFormat>) {  // four levels at once; the compiler shares them among four k
-        const I four = V::lookup_bytes(V::and_i(k % 2 ? V::template shr<4>(row) : row, 0x0f0f0f0f), kIq4Values);
-        return V::mul(V::to_f(V::template sar<24>(V::template shl<24 - k % 8 / 2 * 8>(four))), s.scale[0]);
-      } else if constexpr (Fmt::bits == 4) {
-        return V::fma(V::to_f(nibble), s.scale[0], V::sub(V::set(0.0f), s.shift));
-      } else if constexpr (Fmt::bits == 5) {
-        const I high = V::load_i(levels + kRowBytes * (Fmt::high_row - Fmt::scale_rows + span));
-        const I q = V::or_i(nibble, V::and_i(move_bit<V, field_shift<1>(k), 4>(high), 16));
-        return V::fma(V::to_f(q), s.scale[0], V::sub(V::set(0.0f), s.shift));
+      return V::mul(top<k % 4>(row), V::mul(scale, V::set(0x1p-24f)));
+    } else if constexpr (Fmt::bits > 4) {  // a byte for every other k of the row's eight
+      constexpr int kHigh = Fmt::bits == 5 ? 0x10101010 : 0x30303030;
+      const I high = V::load_i(levels + kRowBytes * (Fmt::high_row - Fmt::scale_rows + (Fmt::bits == 5 ? span : 2 * span + k / 16)));
+      const I four = V::or_i(V::and_i(k % 2 ? V::template shr<4>(row) : row, 0x0f0f0f0f),
+                             V::and_i(move_bit<V, field_shift<Fmt::bits - 4>(k) % 8, 4>(high), kHigh));
+      const F shift = Fmt::bits == 5 ? s.shift : V::mul(scale, V::set(32.0f));
+      return V::fma(top<k % 8 / 2>(four), V::mul(scale, V::set(0x1p-24f)), V::sub(V::set(0.0f), shift));
+    } else if constexpr (std::is_same_v<Fmt, Iq4NlFormat>) {
+      if constexpr (V::kFloatTables) {
+        return V::mul(V::lookup(V::template shr<k % 8 * 4>(row), kIq4Floats.at), scale);
       } else {
-        const I high = V::load_i(levels + kRowBytes * (Fmt::high_row - Fmt::scale_rows + 2 * span + k / 16));
-        const I q = V::or_i(nibble, V::and_i(move_bit<V, field_shift<2>(k), 4>(high), 48));
-        return V::fma(V::to_f(q), s.scale[k / 16], V::sub(V::set(0.0f), V::mul(s.scale[k / 16], V::set(32.0f))));
+        const I four = V::lookup_bytes(V::and_i(k % 2 ? V::template shr<4>(row) : row, 0x0f0f0f0f), kIq4Values);
+        return V::mul(top<k % 8 / 2>(four), V::mul(scale, V::set(0x1p-24f)));
       }
+    } else {
+      return V::fma(nibble<k % 8>(row), scale, V::sub(V::set(0.0f), s.shift));
     }
+  }
+
+  // Signed byte b of each word, times 2^24: no need to move it down first, since scales times 2^-24 are exact.
+  template <int b>
+  static inline __attribute__((always_inline)) F top(I row) {
+    return V::to_f(V::template top_byte<b>(row));
+  }
+  template <int i>
+  static inline __attribute__((always_inline)) F nibble(I row) {
+    if constexpr (V::kFloatTables)
+      return V::lookup(V::template shr<4 * i>(row), kNibbles);
+    else
+      return V::to_f(V::and_i(V::template shr<4 * i>(row), 15));
   }
 };
 
@@ -144,17 +169,14 @@ struct Unpack {
   using I = typename V::I;
 
   // The 32 k of direct k-step `step` of tile t of panel p, as 32 rows of 16 floats. Block formats only.
-  static void floats(const PackedMatrix& w, int p, int t, int step, float* dst) {
-    const WeightFormat format = w.layout().format;
-    const int per_tile = direct_steps(format_info(format));
-    const std::byte* src = w.tile(p, t, step / per_tile);
-    switch (format) {
+  static void floats(const PackedMatrix& w, int p, int t, int step, float* __restrict dst) {
+    switch (w.layout().format) {
 #define KTMOE_FORMAT(id, traits) \
   case WeightFormat::id:         \
     return;
-#define KTMOE_BLOCK_FORMAT(id, traits)                         \
-  case WeightFormat::id:                                       \
-    return BlockWeights<V, traits>::each(src, step % per_tile, \
+#define KTMOE_BLOCK_FORMAT(id, traits)                                                                \
+  case WeightFormat::id:                                                                              \
+    return BlockWeights<V, traits>::each(stored<traits>(w, p, t, step), step % (traits::k_step / 32), \
                                          [&](int k, F x) __attribute__((always_inline)) { V::store(dst + 16 * k, x); });
 #include "format/formats.inc"
 #undef KTMOE_FORMAT
@@ -163,28 +185,33 @@ struct Unpack {
 
   // Direct k-step `step` of tile t of panel p, as a 1 KB tile of w.layout().direct().
   static void tile(const PackedMatrix& w, int p, int t, int step, std::byte* dst) {
-    const WeightFormat format = w.layout().format;
-    const int per_tile = direct_steps(format_info(format));
-    const std::byte* src = w.tile(p, t, step / per_tile);
-    switch (format) {
+    switch (w.layout().format) {
       case WeightFormat::bf16:
       case WeightFormat::int8:
-        std::memcpy(dst, src, kTileBytes);
+        std::memcpy(dst, w.tile(p, t, step), kTileBytes);
         return;
       case WeightFormat::int4:
-        return int4_tile(src, dst);
+        return int4_tile(stored<Int4Format>(w, p, t, step), dst);
 #define KTMOE_FORMAT(id, traits)
 #define KTMOE_BLOCK_FORMAT(id, traits) \
   case WeightFormat::id:               \
-    return bf16_tile<traits>(src, step % per_tile, dst);
+    return bf16_tile<traits>(stored<traits>(w, p, t, step), step % (traits::k_step / 32), dst);
 #include "format/formats.inc"
 #undef KTMOE_FORMAT
     }
   }
 
  private:
+  // The stored tile that direct k-step `step` comes from. Not PackedMatrix::tile: a tile takes so few cycles that looking up its format's
+  // sizes, and dividing by them, would show.
   template <class Fmt>
-  static void bf16_tile(const std::byte* src, int span, std::byte* dst) {
+  static const std::byte* stored(const PackedMatrix& w, int p, int t, int step) {
+    constexpr int kPerTile = Fmt::k_step / (Fmt::int8_products ? 64 : 32);
+    return w.panel(p) + static_cast<std::ptrdiff_t>(Fmt::rows * kRowBytes) * (2 * (step / kPerTile) + t);
+  }
+  // __restrict: what is found several k at once must not be found again after each store.
+  template <class Fmt>
+  static void bf16_tile(const std::byte* src, int span, std::byte* __restrict dst) {
     F even{};
     BlockWeights<V, Fmt>::each(src, span, [&](int k, F w) __attribute__((always_inline)) {
       if (k % 2)

@@ -11,7 +11,8 @@ struct Vec {
   static constexpr bool kVnni = false;        // has xor_i, dpbusd
   static constexpr bool kBf16Pairs = false;   // has dpbf16
   static constexpr bool kSignedBytes = true;  // abs8 and sign8 are one instruction each
-  static constexpr bool kInOrder = true;      // see weight_order-inl.h
+  static constexpr bool kFloatTables = false;
+  static constexpr bool kInOrder = true;  // see weight_order-inl.h
   static constexpr int kAhead = 8192;
   static constexpr int kAskRows = 3;
   static constexpr int kRows = 6;  // 6 x 16 columns = 12 of the 16 registers accumulate
@@ -107,6 +108,11 @@ struct Vec {
     const __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
   }
+  KTMOE_INLINE void store_s8_pairs(std::int8_t* p, I even, I odd) {
+    const I high = shl<16>(odd);
+    const __m256i a = _mm256_blend_epi16(even.a, high.a, 0xaa), b = _mm256_blend_epi16(even.b, high.b, 0xaa);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8));
+  }
 
   KTMOE_INLINE I even_s8(I x) { return {_mm256_srai_epi16(_mm256_slli_epi16(x.a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(x.b, 8), 8)}; }
   KTMOE_INLINE I odd_s8(I x) { return {_mm256_srai_epi16(x.a, 8), _mm256_srai_epi16(x.b, 8)}; }
@@ -119,6 +125,19 @@ struct Vec {
     return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
   }
   KTMOE_INLINE I bf16_pairs(F even, F odd) { return {bf16_pairs8(even.a, odd.a), bf16_pairs8(even.b, odd.b)}; }
+  template <int b>
+  KTMOE_INLINE I top_byte(I x) {
+    const __m256i mask =
+        _mm256_setr_epi32(pick<b>, pick<b + 4>, pick<b + 8>, pick<b + 12>, pick<b>, pick<b + 4>, pick<b + 8>, pick<b + 12>);
+    return {_mm256_shuffle_epi8(x.a, mask), _mm256_shuffle_epi8(x.b, mask)};
+  }
+  template <int b>
+  KTMOE_INLINE I upper_bytes(I x) {
+    const __m256i mask =
+        _mm256_setr_epi32(pick2<b>, pick2<b + 4>, pick2<b + 8>, pick2<b + 12>, pick2<b>, pick2<b + 4>, pick2<b + 8>, pick2<b + 12>);
+    return {_mm256_shuffle_epi8(x.a, mask), _mm256_shuffle_epi8(x.b, mask)};
+  }
+  KTMOE_INLINE I max16(I x, I y) { return {_mm256_max_epi16(x.a, y.a), _mm256_max_epi16(x.b, y.b)}; }
   // Each byte, 0 .. 15, replaced by that entry of the table.
   KTMOE_INLINE I lookup_bytes(I index, const std::int8_t* table) {
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
@@ -159,6 +178,11 @@ struct Vec {
   }
 
  private:
+  // pshufb masks for a word: three zeros and byte b; zero, byte b, zero, byte b + 1.
+  template <int b>
+  static constexpr auto pick = static_cast<std::int32_t>(0x00808080u | b << 24);
+  template <int b>
+  static constexpr auto pick2 = static_cast<std::int32_t>(0x00800080u | b << 8 | (b + 1) << 24);
   // Without a word for NaN: round_bf16 has it.
   KTMOE_INLINE __m256i rounded_up(__m256 x) {
     const __m256i u = _mm256_castps_si256(x);

@@ -7,7 +7,8 @@ struct Vec {
   static constexpr bool kVnni = false;        // has xor_i, dpbusd
   static constexpr bool kBf16Pairs = false;   // has dpbf16
   static constexpr bool kSignedBytes = false;
-  static constexpr bool kInOrder = false;  // see weight_order-inl.h
+  static constexpr bool kFloatTables = true;  // has lookup
+  static constexpr bool kInOrder = false;     // see weight_order-inl.h
   static constexpr int kAhead = 4096;
   static constexpr int kAskRows = 3;
   static constexpr int kRows = 12;  // 12 x 32 columns = 24 of the 32 registers accumulate
@@ -69,13 +70,17 @@ struct Vec {
   }
   KTMOE_INLINE void store_bf16(bf16* p, F x) {
     const I u = as_i(x);
-    const I odd = and_i(shr<16>(u), 1);
-    const I rounded = shr<16>(add_i(add_i(u, set_i(0x7fff)), odd));
-    const I quiet = or_i(shr<16>(u), set_i(0x40));
-    const I halves = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(halves));
+    const I rounded = add_i(or_odd(u, shr<16>(u), set_i(1)), set_i(0x7fff));
+    const I kept = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, set_i(0x400000));
+    const I upper = _mm512_setr_epi32(0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015, 0x001b0019, 0x001f001d, 0, 0,
+                                      0, 0, 0, 0, 0, 0);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, kept)));
   }
   KTMOE_INLINE void store_s8(std::int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
+  KTMOE_INLINE void store_s8_pairs(std::int8_t* p, I even, I odd) {
+    const I words = _mm512_mask_mov_epi16(even, 0xaaaaaaaa, shl<16>(odd));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi16_epi8(words));
+  }
 
   KTMOE_INLINE I even_s8(I x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
   KTMOE_INLINE I odd_s8(I x) { return _mm512_srai_epi16(x, 8); }
@@ -83,9 +88,21 @@ struct Vec {
 
   KTMOE_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
   KTMOE_INLINE I bf16_pairs(F even, F odd) {
-    const I low = _mm512_srli_epi32(rounded_up(even), 16);
-    return _mm512_mask_mov_epi16(low, 0xaaaaaaaa, rounded_up(odd));
+    const I e = as_i(even), o = as_i(odd), one = _mm512_set1_epi16(1);
+    const I upper = _mm512_mask_mov_epi16(shr<16>(e), 0xaaaaaaaa, o), lower = _mm512_mask_mov_epi16(e, 0xaaaaaaaa, shl<16>(o));
+    const auto up = _mm512_cmpgt_epu16_mask(or_odd(lower, upper, one), _mm512_set1_epi16(static_cast<short>(0x8000)));
+    return _mm512_mask_add_epi16(upper, up, upper, one);
   }
+  KTMOE_INLINE F lookup(I index, const float* table) { return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table)); }
+  template <int b>
+  KTMOE_INLINE I top_byte(I x) {
+    return _mm512_shuffle_epi8(x, _mm512_set4_epi32(pick<b + 12>, pick<b + 8>, pick<b + 4>, pick<b>));
+  }
+  template <int b>
+  KTMOE_INLINE I upper_bytes(I x) {
+    return _mm512_shuffle_epi8(x, _mm512_set4_epi32(pick2<b + 12>, pick2<b + 8>, pick2<b + 4>, pick2<b>));
+  }
+  KTMOE_INLINE I max16(I x, I y) { return _mm512_max_epi16(x, y); }
   KTMOE_INLINE I lookup_bytes(I index, const std::int8_t* table) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index);
   }
@@ -138,10 +155,13 @@ struct Vec {
   }
 
  private:
-  KTMOE_INLINE I rounded_up(F x) {  // finite numbers only
-    const I u = as_i(x);
-    return add_i(add_i(u, set_i(0x7fff)), and_i(shr<16>(u), 1));
-  }
+  // pshufb masks for a word: three zeros and byte b; zero, byte b, zero, byte b + 1.
+  template <int b>
+  static constexpr auto pick = static_cast<std::int32_t>(0x00808080u | b << 24);
+  template <int b>
+  static constexpr auto pick2 = static_cast<std::int32_t>(0x00800080u | b << 8 | (b + 1) << 24);
+  // The half that rounding drops, with a bit more if the half that stays is odd: to be rounded up if it exceeds 0x8000 (ties to even).
+  KTMOE_INLINE I or_odd(I dropped, I stays, I one) { return _mm512_ternarylogic_epi32(dropped, stays, one, 0xf8); }  // d | (s & 1)
   template <bool kMax>
   KTMOE_INLINE float hreduce(F x) {  // the tree of vec_portable.h
     const __m256 lo = _mm512_castps512_ps256(x), hi = _mm512_extractf32x8_ps(x, 1);

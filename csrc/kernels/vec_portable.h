@@ -14,6 +14,7 @@ struct Vec {
   static constexpr bool kVnni = false;       // has xor_i, dpbusd
   static constexpr bool kBf16Pairs = false;  // has dpbf16
   static constexpr bool kSignedBytes = false;
+  static constexpr bool kFloatTables = false;
   static constexpr bool kInOrder = true;
   static constexpr int kAhead = 0;
   static constexpr int kAskRows = 3;
@@ -157,10 +158,27 @@ struct Vec {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(x.v[i]);
   }
 
-  // Each lane: bf16 of even in the low half, of odd in the high half; round to nearest even. Finite numbers only.
+  // 32 consecutive bytes, the numbers (within -128 .. 127) of even and of odd places apart.
+  static void store_s8_pairs(std::int8_t* p, I even, I odd) {
+    for (int i = 0; i < 16; ++i) {
+      p[2 * i] = static_cast<std::int8_t>(even.v[i]);
+      p[2 * i + 1] = static_cast<std::int8_t>(odd.v[i]);
+    }
+  }
+
+  // Each lane: bf16 of even in the low half, of odd in the high half; round to nearest even. No NaN but those that are bf16 numbers.
   static I bf16_pairs(F even, F odd) {
     return each_i([&](int i) {
       return pair16(static_cast<std::int16_t>(to_bf16(even.v[i]).bits), static_cast<std::int16_t>(to_bf16(odd.v[i]).bits));
+    });
+  }
+  // Two signed 16-bit numbers a lane.
+  static I max16(I a, I b) {
+    return each_i([&](int i) {
+      auto most = [&](int shift) {
+        return std::max(static_cast<std::int16_t>(a.v[i] >> shift), static_cast<std::int16_t>(b.v[i] >> shift));
+      };
+      return pair16(most(0), most(16));
     });
   }
   // Two unsigned 16-bit numbers a lane: low and high half of their products; four bytes a lane: a - b, wrapping.
