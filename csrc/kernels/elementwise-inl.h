@@ -37,17 +37,19 @@ struct Elementwise {
     return poison == 0.0f ? Int8Format::scale(most) : std::numeric_limits<float>::quiet_NaN();
   }
 
-  // max |x|; *poison becomes NaN if any element is not finite.
+  // max |x|; *poison becomes NaN if any element is not finite. Without their sign, bf16 numbers compare as 16-bit integers do, those
+  // that are not finite above all others.
   static float max_abs(const bf16* x, int n, float* poison) {
-    F most = V::set(0.0f), bad = V::set(0.0f);
-    for (int j = 0; j < n; j += 16) {
-      const F v = load_row<V>(x, j, n);
-      most = V::max(V::abs(v), most);
-      bad = V::add(bad, V::mul(v, V::set(0.0f)));
-    }
-    *poison = V::hsum(bad);
-    return V::hmax(most);
+    typename V::I most = V::set_i(0);
+    for (int j = 0; j < n; j += 32) most = V::max16(most, V::and_i(load_pairs<V>(x, j, n), 0x7fff7fff));
+    const F even = even_floats(most), odd = odd_floats(most);
+    *poison = V::hsum(V::add(V::mul(even, V::set(0.0f)), V::mul(odd, V::set(0.0f))));
+    return V::hmax(V::max(even, odd));
   }
+
+  // bf16 pairs as floats.
+  static F even_floats(typename V::I pairs) { return V::as_f(V::template shl<16>(pairs)); }
+  static F odd_floats(typename V::I pairs) { return V::as_f(V::and_i(pairs, static_cast<std::int32_t>(0xffff0000u))); }
 
   static void quantize(const bf16* x, int n, float scale, std::int8_t* dst) {
     const bool usable = scale > 0.0f && scale <= 3.4e38f;
@@ -63,9 +65,24 @@ struct Elementwise {
 
   static void quantize_rows(RowSource rows, int m, int k, std::int8_t* dst, std::ptrdiff_t ld, float* scale) {
     for (int r = 0; r < m; ++r, dst += ld) {
-      scale[r] = row_scale(rows.row<bf16>(r), k);
-      quantize(rows.row<bf16>(r), k, scale[r], dst);
-      std::memset(dst + k, 0, static_cast<std::size_t>(ld - k));
+      const bf16* x = rows.row<bf16>(r);
+      scale[r] = row_scale(x, k);
+      // Weights are divided by their scale, once and for all; dividing every number here would take most of the time.
+      const F inverse = V::set(scale[r] > 0.0f ? 1.0f / scale[r] : 0.0f);
+      auto round = [&](F v) { return V::to_i(V::mul(v, inverse)); };  // |v| <= 127 scale
+      int j = 0;
+      for (; j + 32 <= k; j += 32) {
+        const typename V::I pairs = V::load_i(x + j);
+        V::store_s8_pairs(dst + j, round(even_floats(pairs)), round(odd_floats(pairs)));
+      }
+      std::memset(dst + j, 0, static_cast<std::size_t>(ld - j));
+      if (j < k) {
+        alignas(32) std::int8_t tail[32];
+        const typename V::I pairs = load_pairs<V>(x, j, k);
+        V::store_s8_pairs(tail, round(even_floats(pairs)), round(odd_floats(pairs)));
+        std::memcpy(dst + j, tail, static_cast<std::size_t>(k - j));
+      }
+      if (!(scale[r] > 0.0f)) std::memset(dst, 0, static_cast<std::size_t>(ld));
     }
   }
 
