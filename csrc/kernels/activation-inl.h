@@ -5,20 +5,18 @@ template <class V>
 struct Activations {
   using F = typename V::F;
 
-  // e^x for x in [-87, 88], clamped to it; NaN stays NaN. Relative error below 1e-6: x = n ln 2 + r, |r| <= 0.35, then the Taylor
-  // series of e^r to the seventh power (its first omitted term is below 6e-9).
-  static F exp(F x) {
-    x = V::min(V::set(88.0f), V::max(V::set(-87.0f), x));
-    const typename V::I n = V::to_i(V::mul(x, V::set(1.44269504f)));
-    const F nf = V::to_f(n);
-    F r = V::sub(x, V::mul(nf, V::set(0.693359375f)));  // ln 2 in two parts: the first product is exact
-    r = V::sub(r, V::mul(nf, V::set(-2.12194440e-4f)));
-    F p = V::set(1.0f / 5040);
-    for (float inverse_factorial : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f})
-      p = V::add(V::mul(p, r), V::set(inverse_factorial));
-    return V::mul(p, V::as_f(V::template shl<23>(V::add_i(n, V::set_i(127)))));
+  // e^-x, held within 2^-125 and 2^126: 2^y = 2^n 2^r for y = -x log2 e, n an integer, |r| <= 1/2, and 2^r from the polynomial of degree
+  // 5 with the least relative error (10^-7) and 2^0 = 1. Rounding y adds a relative error of 10^-7 |x|. Any number for NaN.
+  static F exp_minus(F x) {
+    const F y = V::min(V::set(126.0f), V::max(V::set(-125.0f), V::mul(x, V::set(-1.44269504f))));
+    const F magic = V::set(12582912.0f);  // 1.5 * 2^23: added to y, its lowest bits are n
+    const F rounded = V::add(y, magic), r = V::sub(y, V::sub(rounded, magic));
+    F p = V::set(0.0013269142f);
+    for (float c : {0.009671307f, 0.05550712f, 0.24022247f, 0.693147f, 1.0f}) p = V::add(V::mul(p, r), V::set(c));
+    return V::as_f(V::add_i(V::as_i(p), V::template shl<23>(V::as_i(rounded))));  // n more in the exponent
   }
-  static F sigmoid(F x) { return V::div(V::set(1.0f), V::add(V::set(1.0f), exp(V::sub(V::set(0.0f), x)))); }
+  // Callers multiply by x, so that NaN stays NaN.
+  static F sigmoid(F x) { return V::div(V::set(1.0f), V::add(V::set(1.0f), exp_minus(x))); }
 
   // Every gate is f(g) = g sigmoid(q(g)), with f'(g) = s + f (1 - s) q'(g). A policy gives q and q', and the factor that up makes.
   struct Silu {
@@ -59,7 +57,10 @@ struct Activations {
     // What the way back gets to see: a value that the clamp holds is moved outwards, or its rounding to bf16 might end on the limit.
     F kept_gate(F g) const { return outwards(g, g); }
     F kept_up(F u) const { return outwards(u, V::abs(u)); }
-    F outwards(F x, F size) const { return V::add(x, V::mul(x, V::mul(V::sub(V::set(1.0f), within(size, high)), V::set(0.0078125f)))); }
+    F outwards(F x, F size) const {  // by 2^-7 of it where the sign of limit - size says so
+      const F step = V::as_f(V::and_i(V::template sar<31>(V::as_i(V::sub(high, size))), 0x3c000000));
+      return V::add(x, V::mul(x, step));
+    }
     // 1 where the clamp left a kept value as it is, 0 where it held it.
     F gate_slope(F g) const { return within(g, kept_high); }
     F up_slope(F u) const { return within(V::abs(u), kept_high); }
