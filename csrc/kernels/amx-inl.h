@@ -46,14 +46,16 @@ struct TileGemm {
     if (m <= kFewRows) return Vector::pack_operand(format, rows, row_scale, m, k, dst);
     const int k_step = format_info(format_info(format).direct).k_step, steps = direct_steps_of(format, k), element = 64 / k_step;
     for (int r = 0; r < round_up(m, 16); ++r) {
-      const std::byte* row = nullptr;
-      if (r < m) row = static_cast<const std::byte*>(rows.base) + rows.ld * element * (rows.index ? rows.index[r] : r);
-      for (int s = 0; s < steps; ++s) {
-        std::byte* out = dst + tile_at(m, steps, r / 16, s) + 64 * (r % 16);
-        const int left = (k - s * k_step) * element, valid = !row || left < 0 ? 0 : left < 64 ? left : 64;
-        std::memcpy(out, valid ? row + 64 * static_cast<std::ptrdiff_t>(s) : out, static_cast<std::size_t>(valid));
-        std::memset(out + valid, 0, static_cast<std::size_t>(64 - valid));
+      std::byte* out = dst + tile_at(m, steps, r / 16, 0) + 64 * (r % 16);
+      const std::ptrdiff_t next = block_tiles(m, r / 32) * kTileBytes;
+      int left = 0, s = 0;  // bytes of the row, those of whole tiles first
+      if (r < m) {
+        left = k * element;
+        const std::byte* row = static_cast<const std::byte*>(rows.base) + rows.ld * element * (rows.index ? rows.index[r] : r);
+        for (; left >= 64; ++s, left -= 64, row += 64, out += next) V::store_i(out, V::load_i(row));
+        if (left > 0) std::memcpy(out, row, static_cast<std::size_t>(left));
       }
+      for (; s < steps; ++s, left = 0, out += next) std::memset(out + left, 0, static_cast<std::size_t>(64 - left));
     }
     if (!Vector::int8_products(format)) return;
     auto* scale = reinterpret_cast<float*>(dst + tiled_bytes(m, steps));
@@ -184,23 +186,24 @@ struct TileGemm {
     return m <= kFewRows ? Vector::grad_operand_bytes(m, n_panels) : tiled_bytes(m, n_panels);
   }
 
+  static typename V::I zip(const bf16* even, const bf16* odd) {
+    return V::zip16(reinterpret_cast<const std::uint16_t*>(even), reinterpret_cast<const std::uint16_t*>(odd));
+  }
+
   // B tile of (16 rows, panel): row j holds for each of the rows the pair (dY[32p + j], dY[32p + 16 + j]).
   static void pack_grad_operand(RowSource dy, const float* column_scale, int m, int columns, int n_panels, std::byte* dst) {
     if (m <= kFewRows) return Vector::pack_grad_operand(dy, column_scale, m, columns, n_panels, dst);
     for (int r0 = 0; r0 < m; r0 += 16)
       for (int p = 0; p < n_panels; ++p) {
-        alignas(64) std::byte pairs[kTileBytes] = {};
-        for (int r = r0; r < m && r < r0 + 16; ++r) {
-          bf16 half[2][16];
-          for (int h = 0; h < 2; ++h) {
-            const int j = kPanelColumns * p + 16 * h;
-            F v = load_row<V>(dy.row<bf16>(r), j, columns);
-            if (column_scale) v = V::mul(v, V::load(column_scale + j));
-            V::store_bf16(half[h], v);
-          }
-          V::store_i(pairs + 64 * (r - r0),
-                     V::zip16(reinterpret_cast<const std::uint16_t*>(half[0]), reinterpret_cast<const std::uint16_t*>(half[1])));
+        alignas(64) std::byte pairs[kTileBytes];
+        const int j = kPanelColumns * p, rows = m - r0 < 16 ? m - r0 : 16;
+        for (int r = 0; r < rows; ++r) {
+          const bf16* row = dy.row<bf16>(r0 + r);
+          V::store_i(pairs + 64 * r, !column_scale && j + 32 <= columns ? zip(row + j, row + j + 16)
+                                                                        : V::bf16_pairs(load_grad<V>(row, column_scale, j, columns),
+                                                                                        load_grad<V>(row, column_scale, j + 16, columns)));
         }
+        std::memset(pairs + 64 * rows, 0, static_cast<std::size_t>(64 * (16 - rows)));
         V::transpose16(pairs, 64, dst + tile_at(m, n_panels, r0 / 16, p));
       }
   }
@@ -290,10 +293,12 @@ struct TileGemm {
   static void pack_outer_operand(const bf16* p, std::ptrdiff_t ld, int m, int p_columns, std::byte* dst) {
     for (int i0 = 0; i0 < p_columns; i0 += 16)
       for (int t0 = 0; t0 < m; t0 += 32, dst += kTileBytes) {
-        std::memset(dst, 0, kTileBytes);
-        auto* tile = reinterpret_cast<bf16*>(dst);
-        for (int t = t0; t < m && t < t0 + 32; ++t)
-          for (int i = i0; i < p_columns && i < i0 + 16; ++i) tile[32 * (i - i0) + t - t0] = p[t * ld + i];
+        alignas(64) std::byte pairs[kTileBytes];  // of rows; what is beyond m or p_columns is zero
+        auto row = [&](int t) { return t < m ? load_row<V>(p + t * ld, i0, p_columns) : V::set(0.0f); };
+        for (int t = t0; t < t0 + 32; t += 2)
+          V::store_i(pairs + 32 * (t - t0),
+                     t + 1 < m && i0 + 16 <= p_columns ? zip(p + t * ld + i0, p + (t + 1) * ld + i0) : V::bf16_pairs(row(t), row(t + 1)));
+        V::transpose16(pairs, 64, dst);
       }
   }
 
