@@ -2,7 +2,7 @@
 //
 //   tiles 0-3 accumulate (2 x 2), tiles 4, 5 are A, tiles 6, 7 are B; every tile is 16 rows x 64 bytes, tails are zero padded.
 //   forward   A = rows of X (16 x k-step),             B = a VK tile of W as it lies in memory,     C = 16 rows x 16 columns
-//   backward  A = W^T (16 k x 32 n), from two VK tiles by a lane-local blend (expand_lanes), B = dY^T, C = 16 k x 16 rows, transposed
+//   backward  A = W^T (16 k x 32 n), from two VK tiles by a lane-local blend (expand_row), B = dY^T, C = 16 k x 16 rows, transposed
 //   outer     A = P^T (16 columns x 32 rows),          B = pairs of rows of Q,                      C = 16 x 16 of the result
 // The operand that streams from L2 or beyond is loaded with the T1 hint, so that the reused one stays in L1.
 // One or two rows go to the vector kernels: a tile would be mostly padding, and the call is bound by memory anyway.
@@ -19,6 +19,12 @@ struct TileGemm {
   struct Session {  // the tile registers exist only within a kernel
     Session() { T::configure(); }
     ~Session() { T::release(); }
+  };
+
+  // Tile (i, j) of the sums, of A tile i and B tile j, in memory: at c + i * a + j * b, rows ld apart. In registers: tile 2i + j.
+  struct Sums {
+    float* c;
+    std::ptrdiff_t a, b, ld;
   };
 
   // Operands of `steps` tile columns: blocks of 32 rows, each [step][row tile 0, row tile 1]; a last block of <= 16 rows has one.
@@ -89,7 +95,7 @@ struct TileGemm {
       at = w.tile(p, 0, step) + 64 * first;
       lines = kLines - first < share ? kLines - first : share;
     }
-    void ask(int step) const {
+    void operator()(int step) const {
       for (int i = 0; i < lines; ++i) __builtin_prefetch(at + step * kPairBytes + 64 * i, 0, 2);
     }
   };
@@ -130,12 +136,21 @@ struct TileGemm {
   static inline __attribute__((always_inline)) void forward_block(const std::byte* operand, int m, int steps, int block, int s0, int n,
                                                                   const std::byte* b, float* c, bool accumulate, Ahead ahead = {}) {
     const std::byte* a = operand + tile_at(m, steps, 2 * block, s0);
-    float* at = c + block * 32 * kPanelColumns;
+    const Sums sums{c + block * 32 * kPanelColumns, 16 * kPanelColumns, 16, kPanelColumns};
     if (block_tiles(m, block) == 2)
-      accumulate_tiles<kInt8, 2, kStreamB>(a, kPairBytes, kTileBytes, b, kPairBytes, kTileBytes, n, at, 16 * kPanelColumns, 16,
-                                           kPanelColumns, accumulate, ahead);
+      forward_rows<kInt8, 2, kStreamB>(a, b, n, sums, accumulate, ahead);
     else
-      accumulate_tiles<kInt8, 1, kStreamB>(a, kTileBytes, 0, b, kPairBytes, kTileBytes, n, at, 0, 16, kPanelColumns, accumulate, ahead);
+      forward_rows<kInt8, 1, kStreamB>(a, b, n, sums, accumulate, ahead);
+  }
+  template <bool kInt8, int kA, bool kStreamB>
+  static inline __attribute__((always_inline)) void forward_rows(const std::byte* a, const std::byte* b, int n, const Sums& sums,
+                                                                 bool accumulate, Ahead ahead) {
+    if (accumulate)
+      load_sums<kA, 2>(sums);
+    else
+      zero_sums<kA, 2>();
+    multiply_steps<kInt8, kA, 2, kStreamB>(a, kA * kTileBytes, kTileBytes, b, kPairBytes, kTileBytes, n, ahead);
+    store_sums<kA, 2>(sums);
   }
 
   template <int t, bool kStream>
@@ -146,38 +161,45 @@ struct TileGemm {
       T::template load<t>(p, 64);
   }
 
-  // C (+)= sum over n steps of A B, for kA A tiles and two B tiles; one side streams, the other is reused (L1).
-  template <bool kInt8, int kA, bool kStreamB = true>
-  static inline __attribute__((always_inline)) void accumulate_tiles(const std::byte* a, std::ptrdiff_t a_step, std::ptrdiff_t a_tile,
-                                                                     const std::byte* b, std::ptrdiff_t b_step, std::ptrdiff_t b_tile,
-                                                                     int n, float* c, std::ptrdiff_t c_a, std::ptrdiff_t c_b,
-                                                                     std::ptrdiff_t ld, bool accumulate, Ahead ahead = {}) {
-    if (accumulate) {
-      T::template load<0>(c, 4 * ld);
-      T::template load<1>(c + c_b, 4 * ld);
-      if constexpr (kA == 2) T::template load<2>(c + c_a, 4 * ld);
-      if constexpr (kA == 2) T::template load<3>(c + c_a + c_b, 4 * ld);
-    } else {
-      T::template zero<0>();
-      T::template zero<1>();
-      if constexpr (kA == 2) T::template zero<2>();
-      if constexpr (kA == 2) T::template zero<3>();
-    }
+  template <int kA, int kB>
+  static inline __attribute__((always_inline)) void zero_sums() {
+    T::template zero<0>();
+    if constexpr (kB == 2) T::template zero<1>();
+    if constexpr (kA == 2) T::template zero<2>();
+    if constexpr (kA == 2 && kB == 2) T::template zero<3>();
+  }
+  template <int kA, int kB>
+  static inline __attribute__((always_inline)) void load_sums(const Sums& at) {
+    T::template load<0>(at.c, 4 * at.ld);
+    if constexpr (kB == 2) T::template load<1>(at.c + at.b, 4 * at.ld);
+    if constexpr (kA == 2) T::template load<2>(at.c + at.a, 4 * at.ld);
+    if constexpr (kA == 2 && kB == 2) T::template load<3>(at.c + at.a + at.b, 4 * at.ld);
+  }
+  template <int kA, int kB>
+  static inline __attribute__((always_inline)) void store_sums(const Sums& at) {
+    T::template store<0>(at.c, 4 * at.ld);
+    if constexpr (kB == 2) T::template store<1>(at.c + at.b, 4 * at.ld);
+    if constexpr (kA == 2) T::template store<2>(at.c + at.a, 4 * at.ld);
+    if constexpr (kA == 2 && kB == 2) T::template store<3>(at.c + at.a + at.b, 4 * at.ld);
+  }
+
+  // Sums += A B over n steps, for kA A tiles and kB B tiles; one side streams, the other is reused (L1). meanwhile(step) is work for the
+  // rest of the core, which has 16 cycles for each product. It comes after the step's loads, so that they never wait for its stores.
+  template <bool kInt8, int kA, int kB, bool kStreamB, class Meanwhile>
+  static inline __attribute__((always_inline)) void multiply_steps(const std::byte* a, std::ptrdiff_t a_step, std::ptrdiff_t a_tile,
+                                                                   const std::byte* b, std::ptrdiff_t b_step, std::ptrdiff_t b_tile, int n,
+                                                                   Meanwhile meanwhile) {
     for (int s = 0; s < n; ++s, a += a_step, b += b_step) {
-      ahead.ask(s);
       load_tile<6, kStreamB>(b);
       load_tile<4, !kStreamB>(a);
       T::template multiply<kInt8, 0, 4, 6>();
       if constexpr (kA == 2) load_tile<5, !kStreamB>(a + a_tile);
       if constexpr (kA == 2) T::template multiply<kInt8, 2, 5, 6>();
-      load_tile<7, kStreamB>(b + b_tile);
-      if constexpr (kA == 2) T::template multiply<kInt8, 3, 5, 7>();
-      T::template multiply<kInt8, 1, 4, 7>();
+      if constexpr (kB == 2) load_tile<7, kStreamB>(b + b_tile);
+      if constexpr (kA == 2 && kB == 2) T::template multiply<kInt8, 3, 5, 7>();
+      if constexpr (kB == 2) T::template multiply<kInt8, 1, 4, 7>();
+      meanwhile(s);
     }
-    T::template store<0>(c, 4 * ld);
-    T::template store<1>(c + c_b, 4 * ld);
-    if constexpr (kA == 2) T::template store<2>(c + c_a, 4 * ld);
-    if constexpr (kA == 2) T::template store<3>(c + c_a + c_b, 4 * ld);
   }
 
   // --- backward ---
@@ -210,78 +232,181 @@ struct TileGemm {
 
   static void backward(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
     if (m <= kFewRows) return Vector::backward(operand, m, w, s0, s1, c, accumulate);
-    const Session session;
-    const bool int8 = Vector::int8_products(w.layout().format);
-    const int per_tile = direct_steps(format_info(w.layout().format));
-    for (int s = s0 * per_tile; s < s1 * per_tile; ++s, c += c_block_floats(m) * (int8 ? 2 : 1)) {
-      if (int8)
-        backward_step<4>(operand, m, w, s, c, accumulate);
-      else
-        backward_step<2>(operand, m, w, s, c, accumulate);
-    }
-  }
-
-  // Direct k-step s.
-  template <int kWords>
-  static void backward_step(const std::byte* operand, int m, const PackedMatrix& w, int s, float* c, bool accumulate) {
-    constexpr int kPanels = 16 / kWords;  // a round expands 16 KB of A tiles: they stay in L1 for all rows
-    alignas(64) std::byte expanded[kPanels * kWords * kTileBytes];
-    alignas(64) float sums[kWords * kMaxTiles * 256];  // C^T: [k tile][row tile][16 k][16 rows]
-    const int n_panels = w.layout().n_panels;
+    if (s0 == s1) return;
     const bool stored = w.layout().format == w.layout().direct();
-    for (int p = 0; p < n_panels; p += kPanels) {
-      const int n = n_panels - p < kPanels ? n_panels - p : kPanels;
-      for (int i = 0; i < n; ++i) {
-        alignas(64) std::byte unpacked[kPairBytes];
-        const std::byte* pair = unpacked;
-        Vector::ask_next_step(w, p + i, s);
-        if (stored) {
-          pair = w.tile(p + i, 0, s);
-        } else {
-          Unpack<V>::tile(w, p + i, 0, s, unpacked);
-          Unpack<V>::tile(w, p + i, 1, s, unpacked + kTileBytes);
-        }
-        // kWords tiles of W^T: row k (natural order) holds the pairs (W[n][k] of tile a, W[n][k] of tile b).
-        expand_lanes<V, kWords, 64 * kWords, 64>(pair, pair + kTileBytes, expanded + i * kWords * kTileBytes);
-      }
-      for (int block = 0; block < ceil_div(m, 32); ++block)
-        for (int k = 0; k < kWords; k += 2)
-          backward_tiles<kWords>(expanded + k * kTileBytes, operand + tile_at(m, n_panels, 2 * block, p), block_tiles(m, block), n,
-                                 sums + (k * kMaxTiles + 2 * block) * 256, p > 0);
-    }
-    for (int k = 0; k < kWords; ++k)
-      for (int t = 0; t < ceil_div(m, 16); ++t) {
-        alignas(64) float rows[256];
-        V::transpose16(sums + (k * kMaxTiles + t) * 256, 64, rows);
-        for (int r = 0; r < 16; ++r) {
-          float* at = c + (k / 2) * c_block_floats(m) + (16 * t + r) * kPanelColumns + 16 * (k % 2);
-          V::store(at, accumulate ? V::add(V::load(at), V::load(rows + 16 * r)) : V::load(rows + 16 * r));
-        }
-      }
-  }
-
-  // Two k tiles (A) x one or two row tiles (B, streamed).
-  template <int kWords>
-  static void backward_tiles(const std::byte* a, const std::byte* b, int row_tiles, int n, float* sums, bool accumulate) {
-    constexpr std::ptrdiff_t kTile = 256, kNextK = kMaxTiles * kTile;
-    if (row_tiles == 2) {
-      accumulate_tiles<false, 2>(a, kWords * kTileBytes, kTileBytes, b, kPairBytes, kTileBytes, n, sums, kNextK, kTile, 16, accumulate);
+    if (!Vector::int8_products(w.layout().format)) {
+      stored ? backward_as<2, true>(operand, m, w, s0, s1, c, accumulate) : backward_as<2, false>(operand, m, w, s0, s1, c, accumulate);
       return;
     }
-    for (int k = 0; k < 2; ++k) {
-      float* at = sums + k * kNextK;
-      if (accumulate)
-        T::template load<0>(at, 64);
-      else
-        T::template zero<0>();
-      for (int i = 0; i < n; ++i) {
-        T::template load<4>(a + (i * kWords + k) * kTileBytes, 64);
-        T::template load_streamed<6>(b + i * kTileBytes, 64);
-        T::template multiply<false, 0, 4, 6>();
-      }
-      T::template store<0>(at, 64);
-    }
+    stored ? backward_as<4, true>(operand, m, w, s0, s1, c, accumulate) : backward_as<4, false>(operand, m, w, s0, s1, c, accumulate);
   }
+  template <int kWords, bool kStored>
+  static void backward_as(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
+    const Session session;
+    Backward<kWords, kStored>(operand, m, w, s0, s1, c, accumulate).run();
+  }
+
+  // Pieces of work in even shares, one share a turn.
+  struct Shares {
+    int pieces, turns, done = 0, due = 0;
+    template <class Piece>
+    void turn(Piece piece) {
+      for (due += pieces; due >= turns; due -= turns) piece(done++);
+    }
+  };
+
+  // A call works on one C block after the other, whose contraction over the panels is cut into rounds: the panels of a round, expanded, are
+  // multiplied by block after block of 32 rows. The tile and the vector unit work at once. While a round is multiplied, the next one is
+  // expanded into a second buffer, long before it is loaded (a tile load cannot take its bytes from stores that are on their way to L1);
+  // and while a C block's first round is multiplied, the sums of the C block before are transposed.
+  // Rounds pass over the rows forth and back by turns: the block that ends a round begins the next, and its sums stay in tiles.
+  template <int kWords, bool kStored>  // numbers in a word of a direct tile; does it lie in memory
+  class Backward {
+   public:
+    Backward(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate)
+        : operand_(operand),
+          m_(m),
+          w_(w),
+          first_step_(s0 * direct_steps(format_info(w.layout().format))),
+          n_panels_(w.layout().n_panels),
+          c_(c),
+          accumulate_(accumulate),
+          c_blocks_((s1 - s0) * (format_info(w.layout().format).k_step / kPanelColumns)),
+          blocks_(ceil_div(m, 32)),
+          rounds_(ceil_div(n_panels_, most_panels(blocks_))) {}
+
+    void run() {
+      Round now = round(0);
+      for (int i = 0; i < kPieces * now.panels; ++i) expand(now, i);
+      for (int i = 0; i < c_blocks_ * rounds_; ++i) {
+        const Round next = round(i + 1);
+        multiply(now, next);
+        now = next;
+      }
+      for (int i = 0; i < kTransposePieces * blocks_; ++i) transpose(c_blocks_ - 1, i);
+    }
+
+   private:
+    // While a block of rows passes, L1 gets to see the round's A tiles (2 KB a panel), the block's sums (4 KB), and the block's share of
+    // the next round: 2 KB of W and 2 KB of A a panel. As many panels as fit: A, which every block loads, stays in L1, and the sums, which
+    // wait in L2, are loaded and stored as rarely as can be.
+    static constexpr int kL1 = 48;                                                                  // KB
+    static constexpr int most_panels(int blocks) { return (kL1 - 4) * blocks / (2 * blocks + 4); }  // 7, 11, 13, 14 .. 17
+
+    // The buffers lie whole pages apart: loads are then two steps behind the stores that look like theirs, equal in an address's low bits.
+    static constexpr int kBufferBytes = round_up(most_panels(kMaxTiles / 2) * kPairBytes, 4096);
+    static constexpr int kHalves = kWords / 2;             // C blocks of a direct tile: rows 8h .. 8h + 7 of an int8 one
+    static constexpr int kUnpackPieces = kStored ? 0 : 2;  // the tiles of a pair
+    static constexpr int kExpandPieces = kWords;           // 64 or 80 vector instructions each
+    static constexpr int kPieces = kUnpackPieces + kExpandPieces;
+    static constexpr int kTransposePieces = 4;  // of a block of sums: its tiles
+    static constexpr int kSum = 256, kNextK = kMaxTiles * kSum;
+
+    struct Round {
+      int c_block, index, panel, panels;  // index: within the C block
+      std::byte* a;                       // [panel][32 k] rows of A
+    };
+    Round round(int i) {
+      if (i == c_blocks_ * rounds_) return {};
+      const int index = i % rounds_, begin = index * n_panels_ / rounds_, end = (index + 1) * n_panels_ / rounds_;
+      return {i / rounds_, index, begin, end - begin, expanded_[i % 2]};
+    }
+
+    void multiply(const Round& now, const Round& next) {
+      const int turns = blocks_ * now.panels;
+      Shares expansion{kPieces * next.panels, turns};
+      Shares transposition{now.index == 0 && now.c_block > 0 ? kTransposePieces * blocks_ : 0, turns};
+      const auto meanwhile = [&](int) {
+        expansion.turn([&](int i) { expand(next, i); });
+        transposition.turn([&](int i) { transpose(now.c_block - 1, i); });
+      };
+      for (int i = 0; i < blocks_; ++i) {
+        const int block = now.index % 2 ? blocks_ - 1 - i : i;
+        const bool first = i == 0, last = i + 1 == blocks_;
+        if (block_tiles(m_, block) == 2)
+          multiply_block<2>(now, block, first, last, meanwhile);
+        else
+          multiply_block<1>(now, block, first, last, meanwhile);
+      }
+    }
+
+    // Two k tiles (A) x one or two row tiles (B, streamed); first, last: of the round.
+    template <int kB, class Meanwhile>
+    void multiply_block(const Round& now, int block, bool first, bool last, Meanwhile meanwhile) {
+      const Sums sums{sums_ + 2 * block * kSum, kNextK, kSum, 16};
+      if (now.index == 0)
+        zero_sums<2, kB>();
+      else if (!first)
+        load_sums<2, kB>(sums);
+      const std::byte* b = operand_ + tile_at(m_, n_panels_, 2 * block, now.panel);
+      multiply_steps<false, 2, kB, true>(now.a, kPairBytes, kTileBytes, b, kB * kTileBytes, kTileBytes, now.panels, meanwhile);
+      if (!last || now.index + 1 == rounds_) store_sums<2, kB>(sums);
+    }
+
+    // Piece i of making two tiles of W^T of each panel of a round.
+    void expand(const Round& to, int i) {
+      const int panel = i / kPieces, part = i % kPieces - kUnpackPieces;
+      const int step = first_step_ + to.c_block / kHalves, half = to.c_block % kHalves;
+      if constexpr (!kStored) {
+        if (part < 0) return unpack(to.panel + panel, part + kUnpackPieces, step, half);
+      }
+      const std::byte* pair = kStored ? w_.panel(to.panel + panel) + static_cast<std::ptrdiff_t>(step) * kPairBytes : unpacked_;
+      constexpr int kRows = 16 / kHalves / kExpandPieces;
+      const std::byte* src = pair + 64 * kRows * (half * kExpandPieces + part);
+      std::byte* dst = to.a + panel * kPairBytes + part * (kPairBytes / kExpandPieces);
+      const std::ptrdiff_t ahead = step + 1 < w_.layout().k_steps ? kPairBytes : 0;  // as Vector::ask_next_step, but row by row
+      for (int r = 0; r < kRows; ++r, src += 64, dst += 64 * kWords) {
+        if constexpr (kStored) {
+          __builtin_prefetch(src + ahead, 0, 2);
+          __builtin_prefetch(src + ahead + kTileBytes, 0, 2);
+        }
+        expand_row(src, dst);
+      }
+    }
+
+    void unpack(int panel, int tile, int step, int half) {
+      if (tile == 0 && half == 0) Vector::ask_next_step(w_, panel, step);
+      Unpack<V>::tile(w_, panel, tile, step, unpacked_ + tile * kTileBytes);
+    }
+
+    // Row j of a pair of tiles -> rows kWords * j .. of W^T: row k holds the pairs (W[n][k] of tile a, W[n][k] of tile b).
+    static void expand_row(const std::byte* pair, std::byte* dst) {
+      using Pairs = LanePairs<V>;
+      const auto a = V::load_i(pair), b = V::load_i(pair + kTileBytes);
+      if constexpr (kWords == 2) {
+        V::store_i(dst, Pairs::low(a, b));
+        V::store_i(dst + 64, Pairs::high(a, b));
+      } else {
+        V::store_i(dst, Pairs::template bytes<24>(a, b));
+        V::store_i(dst + 64, Pairs::template bytes<16>(a, b));
+        V::store_i(dst + 128, Pairs::template bytes<8>(a, b));
+        V::store_i(dst + 192, Pairs::template bytes<0>(a, b));
+      }
+    }
+
+    // Tile i of the sums of a C block, in the order of the blocks of rows: each is done before its block's new sums are stored.
+    void transpose(int c_block, int i) {
+      const int row_tile = i / 2, k = i % 2;
+      if (16 * row_tile >= m_) return;
+      alignas(64) float rows[kSum];
+      V::transpose16(sums_ + k * kNextK + row_tile * kSum, 64, rows);
+      float* at = c_ + static_cast<std::size_t>(c_block) * c_block_floats(m_) + 16 * row_tile * kPanelColumns + 16 * k;
+      for (int r = 0; r < 16; ++r, at += kPanelColumns)
+        V::store(at, accumulate_ ? V::add(V::load(at), V::load(rows + 16 * r)) : V::load(rows + 16 * r));
+    }
+
+    const std::byte* operand_;
+    int m_;
+    const PackedMatrix& w_;
+    int first_step_;  // direct
+    int n_panels_;
+    float* c_;
+    bool accumulate_;
+    int c_blocks_, blocks_, rounds_;
+    alignas(4096) std::byte expanded_[2][kBufferBytes];
+    alignas(64) std::byte unpacked_[kPairBytes];
+    alignas(64) float sums_[2 * kNextK];  // C^T: [k tile][row tile][16 k][16 rows]
+  };
 
   // --- outer products ---
 

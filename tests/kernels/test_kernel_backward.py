@@ -9,7 +9,7 @@ from oracle.kernels import Kernels
 from oracle.registry import BLOCK_ROWS, each_format, each_isa
 
 ROWS = [1, 2, 3, 5, 6, 7, 12, 13, 16, 17, 31, 32, 33, 64, 65]
-# n, k; many panels pass the rounds that are expanded into L1 (2 to 8 panels)
+# n, k; many panels pass the rounds that are expanded into L1 (2 panels or more)
 SHAPES = [(1, 1), (32, 64), (33, 65), (70, 100), (300, 40)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 
@@ -68,6 +68,21 @@ def test_a_full_block_of_rows(isa: str, fmt: str) -> None:
     m = BLOCK_ROWS[isa]
     problem = Problem(isa, fmt, 40, 64, tokens=m)
     problem.check(problem.run(m, problem.operand(m)), np.arange(m), f"m={m}")
+
+
+@each_isa
+@each_format
+def test_many_panels(isa: str, fmt: str) -> None:
+    """A contraction in several parts, times several blocks of rows; a row does not depend on how a call is cut."""
+    problem = Problem(isa, fmt, 750, 260, tokens=100)
+    step = problem.kernels.oracle.k_step
+    for m in (m for m in (20, 48, 100) if m <= BLOCK_ROWS[isa]):
+        operand = problem.operand(m)
+        got = problem.run(m, operand)
+        problem.check(got, np.arange(m), f"m={m}")
+        for s in range(problem.padded // step):
+            part = problem.run(m, operand, part=(s, s + 1))
+            np.testing.assert_array_equal(part, got[:, s * step : (s + 1) * step], f"m={m} step {s}")
 
 
 @each_isa
