@@ -1,5 +1,6 @@
-// Owning, zeroed memory at 64-byte alignment or better. Large buffers are page mappings: pages that are never written cost nothing,
-// and the kernel is asked for huge pages because the weights are streamed.
+// Owning, zeroed memory at 64-byte alignment or better. Large buffers are page mappings: pages that are never written cost nothing. They
+// begin at the border of a huge page and the kernel is asked for huge pages: weights are streamed, and operands of a kernel that take half
+// of the L2 must not collide in it, which small pages at random addresses do.
 #pragma once
 
 #include <sys/mman.h>
@@ -19,16 +20,22 @@ inline std::atomic<int> failing_allocation{0};
 
 class AlignedBuffer {
  public:
+  static constexpr std::size_t kHugePage = std::size_t{1} << 21, kSmallPage = 4096;
+
   AlignedBuffer() = default;
   explicit AlignedBuffer(std::size_t bytes) : bytes_(bytes) {
     if (bytes == 0) return;
     if (failing_allocation.load(std::memory_order_relaxed) > 0 && failing_allocation.fetch_sub(1) == 1)
       fail(ErrorKind::memory, "[allocate] ", bytes, " bytes refused for a test");
     if (bytes >= kMapFrom) {
-      void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* p = mmap(nullptr, checked_add(mapped(), kHugePage), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) fail(ErrorKind::memory, "[allocate] ", bytes, " bytes refused by the system");
-      madvise(p, bytes, MADV_HUGEPAGE);  // advice only: a kernel without huge pages is fine
-      data_ = static_cast<std::byte*>(p);
+      auto* begin = static_cast<std::byte*>(p);
+      const std::size_t before = kHugePage - reinterpret_cast<std::size_t>(p) % kHugePage;
+      munmap(begin, before);
+      if (before < kHugePage) munmap(begin + before + mapped(), kHugePage - before);
+      data_ = begin + before;
+      madvise(data_, mapped(), MADV_HUGEPAGE);  // advice only: a kernel without huge pages is fine
     } else {
       data_ = static_cast<std::byte*>(std::aligned_alloc(64, round_up_bytes(bytes, 64)));
       if (!data_) fail(ErrorKind::memory, "[allocate] ", bytes, " bytes refused by the system");
@@ -46,7 +53,7 @@ class AlignedBuffer {
   ~AlignedBuffer() {
     if (!data_) return;
     if (bytes_ >= kMapFrom)
-      munmap(data_, bytes_);
+      munmap(data_, mapped());
     else
       std::free(data_);
   }
@@ -60,6 +67,7 @@ class AlignedBuffer {
 
  private:
   static constexpr std::size_t kMapFrom = std::size_t{1} << 20;
+  std::size_t mapped() const { return round_up_bytes(bytes_, kSmallPage); }
   void swap(AlignedBuffer& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);

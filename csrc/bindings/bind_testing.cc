@@ -66,9 +66,34 @@ void repack(const std::string& format, const std::vector<InArray>& parts, int n,
 void forward(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels, int k,
              int p0, int p1, const OutArray& c, bool accumulate) {
   const Kernel kernel(isa, format);
-  kernel.table.forward(bytes("operand", operand, kernel.table.operand_bytes(kernel.format, m, k)), m,
-                       packed(kernel.format, weights, n_panels, k), p0, p1,
-                       reinterpret_cast<float*>(bytes("c", c, c_block_floats(m) * static_cast<std::size_t>(p1 - p0) * 4)), accumulate);
+  kernel.table.forward(
+      bytes("operand", operand, kernel.table.operand_bytes(kernel.format, m, k)), m, packed(kernel.format, weights, n_panels, k), p0, p1,
+      reinterpret_cast<float*>(bytes("c", c, c_block_floats(m) * static_cast<std::size_t>(p1 - p0) * 4)), accumulate, nullptr);
+}
+
+// The same through an epilogue that puts what it gets into `sums` [p1 - p0][m][32] and counts in `taken` [p1 - p0][m] how often it got it.
+void forward_taken(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels,
+                   int k, int p0, int p1, const OutArray& c, bool accumulate, const OutArray& sums, const OutArray& taken) {
+  const Kernel kernel(isa, format);
+  const std::size_t rows = static_cast<std::size_t>(p1 - p0) * static_cast<std::size_t>(m);
+  struct Sums {
+    int p0, m;
+    float* sum;
+    std::int32_t* taken;
+  } context{p0, m, reinterpret_cast<float*>(bytes("sums", sums, rows * kPanelColumns * 4)),
+            reinterpret_cast<std::int32_t*>(bytes("taken", taken, rows * 4))};
+  const Epilogue epilogue{[](void* at, float* block, int row, int count, int panel) {
+                            const Sums& to = *static_cast<Sums*>(at);
+                            for (int r = 0; r < count; ++r, block += kPanelColumns) {
+                              const std::ptrdiff_t i = static_cast<std::ptrdiff_t>(panel - to.p0) * to.m + row + r;
+                              ++to.taken[i];
+                              for (int j = 0; j < kPanelColumns; ++j) to.sum[i * kPanelColumns + j] = block[j];
+                            }
+                          },
+                          &context};
+  kernel.table.forward(
+      bytes("operand", operand, kernel.table.operand_bytes(kernel.format, m, k)), m, packed(kernel.format, weights, n_panels, k), p0, p1,
+      reinterpret_cast<float*>(bytes("c", c, c_block_floats(m) * static_cast<std::size_t>(p1 - p0) * 4)), accumulate, &epilogue);
 }
 
 void backward(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels, int k,
@@ -128,6 +153,7 @@ void init_testing(nb::module_& parent) {
       nb::arg("isa"), nb::arg("format"), nb::arg("rows"), nb::arg("index").none(), nb::arg("row_scale").none(), nb::arg("m"), nb::arg("k"),
       nb::arg("dst"));
   m.def("forward", &forward);
+  m.def("forward_taken", &forward_taken);
   m.def("grad_operand_bytes",
         [](const std::string& isa, int n, int n_panels) { return kernels_for(isa_from_name(isa)).grad_operand_bytes(n, n_panels); });
   m.def(
@@ -210,18 +236,25 @@ void init_testing(nb::module_& parent) {
   m.def("c_to_rows", [](const std::string& isa, const InArray& c, int n, int n_blocks, const OutArray& dst) {
     const auto* src = reinterpret_cast<const float*>(bytes("c", c, c_block_floats(n) * static_cast<std::size_t>(n_blocks) * 4));
     TensorArg<OutArray> d("testing", "dst", dst);
-    d.dtype({Dtype::fp32}).shape({n, 32 * n_blocks});
-    kernels_for(isa_from_name(isa)).c_to_rows(src, n, n_blocks, d.data<float>(), d.stride(0));
+    const KernelTable& kernels = kernels_for(isa_from_name(isa));
+    d.dtype({Dtype::fp32, Dtype::bf16}).shape({n, 32 * n_blocks});
+    if (d.is(Dtype::bf16))
+      kernels.stream_rows(src, n, n_blocks, d.data<bf16>(), d.stride(0));
+    else
+      kernels.c_to_rows(src, n, n_blocks, d.data<float>(), d.stride(0));
   });
   m.def("combine", [](const std::string& isa, const InArray& rows, const InArray& row_of, const InArray& weight, const OutArray& sum) {
     TensorArg<InArray> r("testing", "rows", rows), index("testing", "row_of", row_of), w("testing", "weight", weight);
     TensorArg<OutArray> out("testing", "sum", sum);
     const int n = static_cast<int>(out.dtype({Dtype::fp32}).shape({-1}).extent(0)), top_k = static_cast<int>(index.extent(0));
-    r.dtype({Dtype::fp32}).shape({-1, n});
+    r.dtype({Dtype::fp32, Dtype::bf16}).shape({-1, n});
     index.dtype({Dtype::int32}).shape({top_k});
     w.dtype({Dtype::fp32}).shape({top_k});
-    kernels_for(isa_from_name(isa))
-        .combine(r.data<float>(), r.stride(0), index.data<std::int32_t>(), w.data<float>(), top_k, n, out.data<float>());
+    const KernelTable& kernels = kernels_for(isa_from_name(isa));
+    if (r.is(Dtype::bf16))
+      kernels.combine_bf16(r.data<bf16>(), r.stride(0), index.data<std::int32_t>(), w.data<float>(), top_k, n, out.data<float>());
+    else
+      kernels.combine(r.data<float>(), r.stride(0), index.data<std::int32_t>(), w.data<float>(), top_k, n, out.data<float>());
   });
   m.def("round_row", [](const std::string& isa, const InArray& src, const OutArray& dst) {
     TensorArg<InArray> s("testing", "src", src);

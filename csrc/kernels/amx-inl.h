@@ -11,9 +11,8 @@
 template <class V, class T, class Vector>
 struct TileGemm {
   using F = typename V::F;
-  static constexpr int kFewRows = 2;
-  static constexpr int kMaxTiles = 16;   // of 16 rows: block_rows / 16
-  static constexpr int kStepBlock = 16;  // k-steps: 32 rows x 1 KB of A stay in L1 while the panels pass by
+  static constexpr int kFewRows = 2;    // backward
+  static constexpr int kMaxTiles = 16;  // of 16 rows: block_rows / 16
   static constexpr int kPairBytes = 2 * kTileBytes;
 
   struct Session {  // the tile registers exist only within a kernel
@@ -39,8 +38,14 @@ struct TileGemm {
 
   // --- forward ---
 
+  // So many rows are faster in vector registers than weights are unpacked into tiles.
+  static int few_rows(WeightFormat format) {
+    const FormatInfo& info = format_info(format);
+    if (info.direct == format) return 0;
+    return format == WeightFormat::int4 || format == WeightFormat::fp8 ? 8 : 16;
+  }
   static std::size_t operand_bytes(WeightFormat format, int m, int k) {
-    if (m <= kFewRows) return Vector::operand_bytes(format, m, k);
+    if (m <= few_rows(format)) return Vector::operand_bytes(format, m, k);
     return tiled_bytes(m, direct_steps_of(format, k)) + (Vector::int8_products(format) ? static_cast<std::size_t>(m) * 4 : 0);
   }
   static int direct_steps_of(WeightFormat format, int k) {
@@ -49,7 +54,7 @@ struct TileGemm {
   }
 
   static void pack_operand(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, std::byte* dst) {
-    if (m <= kFewRows) return Vector::pack_operand(format, rows, row_scale, m, k, dst);
+    if (m <= few_rows(format)) return Vector::pack_operand(format, rows, row_scale, m, k, dst);
     const int k_step = format_info(format_info(format).direct).k_step, steps = direct_steps_of(format, k), element = 64 / k_step;
     for (int r = 0; r < round_up(m, 16); ++r) {
       std::byte* out = dst + tile_at(m, steps, r / 16, 0) + 64 * (r % 16);
@@ -68,89 +73,199 @@ struct TileGemm {
     for (int r = 0; r < m; ++r) scale[r] = row_scale[rows.index ? rows.index[r] : r];
   }
 
-  static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
-    if (m <= kFewRows) return Vector::forward(operand, m, w, p0, p1, c, accumulate);
+  static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate,
+                      const Epilogue* epilogue) {
     const PackedLayout& l = w.layout();
-    const bool stored = l.format == l.direct();
-    if (!Vector::int8_products(l.format)) {
-      stored ? forward_tiles<false>(operand, m, w, p0, p1, c, accumulate) : forward_unpacked<false>(operand, m, w, p0, p1, c, accumulate);
-      return;
+    if (m <= few_rows(l.format)) return Vector::forward(operand, m, w, p0, p1, c, accumulate, epilogue);
+    const Session session;
+    if (Vector::int8_products(l.format)) {
+      const auto* scale = reinterpret_cast<const float*>(operand + tiled_bytes(m, direct_steps_of(l.format, l.k)));
+      const auto scaled = [&](float* at, int row, int rows, int p) {
+        Vector::scale_int8(scale + row, nullptr, rows, w, p, p + 1, at);
+        if (epilogue) epilogue->take(epilogue->context, at, row, rows, p);
+      };
+      multiply<true>(operand, m, w, p0, p1, c, false, !epilogue, scaled);
+    } else {
+      const auto finished = [&](float* at, int row, int rows, int p) {
+        if (epilogue) epilogue->take(epilogue->context, at, row, rows, p);
+      };
+      multiply<false>(operand, m, w, p0, p1, c, accumulate, !epilogue, finished);
     }
-    stored ? forward_tiles<true>(operand, m, w, p0, p1, c, false) : forward_unpacked<true>(operand, m, w, p0, p1, c, false);
-    Vector::scale_int8(reinterpret_cast<const float*>(operand + tiled_bytes(m, direct_steps_of(l.format, l.k))), nullptr, m, w, p0, p1, c);
   }
 
-  // The weights that a panel needs next, its next step block or the first one of the panel that follows this call: each of the blocks of
-  // rows asks for its share of them, so that they are in L2 when the first one wants them.
-  struct Ahead {
-    const std::byte* at = nullptr;
-    int lines = 0;  // in each k-step
-    Ahead() = default;
-    Ahead(const PackedMatrix& w, int p, int panels, int step, int block, int blocks) {
-      if (step >= w.layout().k_steps) p += panels, step = 0;
-      if (p >= w.layout().n_panels) return;
-      constexpr int kLines = kPairBytes / 64;
-      const int share = ceil_div(kLines, blocks), first = block * share;
-      if (first >= kLines) return;
-      at = w.tile(p, 0, step) + 64 * first;
-      lines = kLines - first < share ? kLines - first : share;
-    }
-    void operator()(int step) const {
-      for (int i = 0; i < lines; ++i) __builtin_prefetch(at + step * kPairBytes + 64 * i, 0, 2);
+  template <bool kInt8, class Finished>
+  static void multiply(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate, bool keep,
+                       const Finished& finished) {
+    if (w.layout().format == w.layout().direct())
+      multiply<kInt8, StoredTiles>(operand, m, w, p0, p1, c, accumulate, keep, finished);
+    else
+      multiply<kInt8, UnpackedTiles>(operand, m, w, p0, p1, c, accumulate, keep, finished);
+  }
+
+  // Work that is done between tile products: its pieces in even shares, one share a turn.
+  struct Shares {
+    int pieces = 0, turns = 1, done = 0, due = 0;
+    template <class Piece>
+    inline __attribute__((always_inline)) void turn(Piece piece) {
+      for (due += pieces; due >= turns; due -= turns) piece(done++);
     }
   };
 
-  // Tiles as they lie in memory: the activations of a step block stay in L1, the weights stream.
-  template <bool kInt8>
-  static void forward_tiles(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
-    const Session session;
-    const int steps = w.layout().k_steps;
-    for (int s0 = 0; s0 < steps; s0 += kStepBlock) {
-      const int n = steps - s0 < kStepBlock ? steps - s0 : kStepBlock;
-      for (int block = 0; block < ceil_div(m, 32); ++block)
-        for (int p = p0; p < p1; ++p)
-          forward_block<kInt8, true>(operand, m, steps, block, s0, n, w.tile(p, 0, s0),
-                                     c + static_cast<std::size_t>(p - p0) * c_block_floats(m), accumulate || s0 > 0,
-                                     Ahead(w, p, p1 - p0, s0 + kStepBlock, block, ceil_div(m, 32)));
+  // Weights that all rows pass by before the next ones: a few panels, k-steps [s, s + steps).
+  struct Visit {
+    int p, panels, s, steps;
+    bool beyond;  // what the caller asked for
+  };
+
+  // Tiles as they lie in memory. The next ones are asked for meanwhile: with one block of rows 8 KB ahead, in the order of memory; with
+  // more, each of which reads all of a visit, the whole next visit.
+  struct StoredTiles {
+    static constexpr int kVisitPanels = 1, kVisitSteps = 64;  // 128 KB
+    const PackedMatrix& w;
+    int blocks;
+    const std::byte* line = nullptr;
+
+    StoredTiles(const PackedMatrix& matrix, int n_blocks) : w(matrix), blocks(n_blocks) {}
+    void first(const Visit&) {}
+    const std::byte* at(const Visit& v, int) const { return w.tile(v.p, 0, v.s); }
+    int prepare(const Visit& now, const Visit& next) {  // how many pieces there are to do
+      const bool some = next.p < w.layout().n_panels;
+      line = blocks == 1 ? at(now, 0) + 8192 : some ? at(next, 0) : nullptr;
+      return blocks == 1 ? now.steps * kPieces : some ? next.steps * kPieces : 0;
     }
-  }
+    inline __attribute__((always_inline)) void piece() {
+      for (int i = 0; i < kPairBytes / kPieces; i += 64) __builtin_prefetch(line + i, 0, 2);
+      line += kPairBytes / kPieces;
+    }
+    void turn() {}
 
-  // Tiles that are unpacked into L1 once for all rows: now the weights stay and the activations stream.
-  template <bool kInt8>
-  static void forward_unpacked(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
-    constexpr int kSteps = 8;  // 16 KB of tiles
-    alignas(64) std::byte tiles[kSteps * kPairBytes];
-    const Session session;
-    const int steps = direct_steps_of(w.layout().format, w.layout().k);
-    for (int p = p0; p < p1; ++p, c += c_block_floats(m))
-      for (int s0 = 0; s0 < steps; s0 += kSteps) {
-        const int n = steps - s0 < kSteps ? steps - s0 : kSteps;
-        for (int i = 0; i < 2 * n; ++i) Unpack<V>::tile(w, p, i % 2, s0 + i / 2, tiles + i * kTileBytes);
-        for (int block = 0; block < ceil_div(m, 32); ++block)
-          forward_block<kInt8, false>(operand, m, steps, block, s0, n, tiles, c, accumulate || s0 > 0);
+   private:
+    static constexpr int kPieces = 4;  // of a step
+  };
+
+  // Tiles that are unpacked once for all rows, those of the next visit while this one is multiplied.
+  struct UnpackedTiles {
+    static constexpr int kVisitPanels = 2, kVisitSteps = 32;
+    const PackedMatrix& w;
+    Visit next{};
+    int p = 0, s = 0, t = 0;  // the next piece: a tile
+    std::byte* to = nullptr;
+    bool odd = false;
+    alignas(64) std::byte tiles[2][static_cast<std::size_t>(kVisitPanels) * kVisitSteps * kPairBytes];
+
+    UnpackedTiles(const PackedMatrix& matrix, int) : w(matrix) {}
+    void first(const Visit& v) {
+      for (int i = prepare(v, v); i > 0; --i) piece();
+      turn();
+    }
+    const std::byte* at(const Visit& v, int panel) const { return tiles[!odd] + panel * v.steps * kPairBytes; }
+    int prepare(const Visit&, const Visit& v) {
+      next = v, p = v.p, s = v.s, t = 0, to = tiles[odd];
+      return v.beyond ? 0 : v.panels * v.steps * 2;
+    }
+    inline __attribute__((always_inline)) void piece() {
+      Unpack<V>::tile(w, p, t, s, to);
+      to += kTileBytes;
+      if ((t ^= 1)) return;
+      if (++s == next.s + next.steps) s = next.s, ++p;
+    }
+    void turn() { odd = !odd; }
+  };
+
+  // C blocks of 32 rows x a few panels on their way out, a slice between tile products at a time.
+  template <class Finished>
+  struct Delivery {
+    static constexpr int kRows = 2;  // of a slice
+    const Finished& finished;
+    float* c = nullptr;
+    std::ptrdiff_t floats = 0;  // of c between panels
+    int first_row = 0, rows = 0, at = 0, p = 0, p1 = 0;
+    Shares shares{};
+
+    void begin(float* blocks, std::ptrdiff_t between, int row, int n_rows, int panel, int panels, int steps) {
+      rest();
+      c = blocks, floats = between, first_row = row, rows = n_rows, at = 0, p = panel, p1 = panel + panels;
+      shares = {panels * ceil_div(n_rows, kRows), steps};
+    }
+    void slice() {
+      finished(c + at * kPanelColumns, first_row + at, rows - at < kRows ? rows - at : kRows, p);
+      if ((at += kRows) >= rows) at = 0, ++p, c += floats;
+    }
+    inline __attribute__((always_inline)) void step() {
+      if (p < p1) shares.turn([&](int) { slice(); });
+    }
+    void rest() {
+      for (; p < p1; at = 0, ++p, c += floats) finished(c + at * kPanelColumns, first_row + at, rows - at, p);
+    }
+  };
+
+  // All rows times panels [p0, p1). keep: finished blocks stay in c; otherwise they need not, and most of them never get there.
+  // The rows, in blocks of 32, pass by one visit of weights after the other. Both stream from the L2, all k-steps of a visit at a time: a
+  // smaller part of one of them would stay in L1, but then sums would have to come and go more often, which costs more (see
+  // docs/performance.md). Meanwhile the weights of the next visit are got ready, and finished blocks go to `finished`.
+  template <bool kInt8, class Weights, class Finished>
+  static void multiply(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate, bool keep,
+                       const Finished& finished) {
+    constexpr int kBlock = 32 * kPanelColumns, kPanels = Weights::kVisitPanels;
+    alignas(64) float ring[2][kPanels * kBlock];
+    const int steps = direct_steps_of(w.layout().format, w.layout().k), blocks = ceil_div(m, 32);
+    const int visit_steps = ceil_div(steps, ceil_div(steps, Weights::kVisitSteps));
+    const auto c_floats = static_cast<std::ptrdiff_t>(c_block_floats(m));
+    const auto visit_at = [&](int p, int s) {
+      return Visit{p, p1 - p < kPanels ? p1 - p : kPanels, s, steps - s < visit_steps ? steps - s : visit_steps, p >= p1};
+    };
+    const auto after = [&](const Visit& v) {
+      if (v.p + v.panels < p1) return visit_at(v.p + v.panels, v.s);
+      return v.s + v.steps < steps ? visit_at(p0, v.s + v.steps) : visit_at(p1, 0);
+    };
+    Weights weights(w, blocks);
+    Delivery<Finished> out{finished};
+    int turn = 0;
+    Visit visit = visit_at(p0, 0);
+    weights.first(visit);
+    for (; !visit.beyond; weights.turn()) {
+      const Visit next = after(visit);
+      const bool last = visit.s + visit.steps == steps, through_ring = last && !keep;
+      Shares ahead{weights.prepare(visit, next), blocks * visit.panels * visit.steps};
+      for (int block = 0; block < blocks; ++block) {
+        float* area = c + (visit.p - p0) * c_floats + block * kBlock;
+        float* sums = through_ring ? ring[turn ^= 1] : area;
+        const std::ptrdiff_t floats = through_ring ? kBlock : c_floats;
+        for (int i = 0; i < visit.panels; ++i)
+          block_product<kInt8>(operand, m, steps, block, visit.s, visit.steps, weights.at(visit, i),
+                               visit.s > 0 || accumulate ? area + i * c_floats : nullptr, sums + i * floats, [&] {
+                                 ahead.turn([&](int) { weights.piece(); });
+                                 out.step();
+                               });
+        if (last)
+          out.begin(sums, floats, 32 * block, m - 32 * block < 32 ? m - 32 * block : 32, visit.p, visit.panels, visit.panels * visit.steps);
       }
+      visit = next;
+    }
+    out.rest();
   }
 
-  // 32 rows x one panel: steps [s0, s0 + n) of `steps`, whose weights begin at b.
-  template <bool kInt8, bool kStreamB>
-  static inline __attribute__((always_inline)) void forward_block(const std::byte* operand, int m, int steps, int block, int s0, int n,
-                                                                  const std::byte* b, float* c, bool accumulate, Ahead ahead = {}) {
-    const std::byte* a = operand + tile_at(m, steps, 2 * block, s0);
-    const Sums sums{c + block * 32 * kPanelColumns, 16 * kPanelColumns, 16, kPanelColumns};
+  // 32 rows x one panel: to = from (null: zero) + the products of steps [s, s + n) of `steps`, whose weights begin at b. meanwhile: called
+  // once a step.
+  template <bool kInt8, class Meanwhile>
+  static inline __attribute__((always_inline)) void block_product(const std::byte* operand, int m, int steps, int block, int s, int n,
+                                                                  const std::byte* b, const float* from, float* to, Meanwhile meanwhile) {
+    const std::byte* a = operand + tile_at(m, steps, 2 * block, s);
     if (block_tiles(m, block) == 2)
-      forward_rows<kInt8, 2, kStreamB>(a, b, n, sums, accumulate, ahead);
+      row_product<kInt8, 2>(a, b, n, from, to, meanwhile);
     else
-      forward_rows<kInt8, 1, kStreamB>(a, b, n, sums, accumulate, ahead);
+      row_product<kInt8, 1>(a, b, n, from, to, meanwhile);
   }
-  template <bool kInt8, int kA, bool kStreamB>
-  static inline __attribute__((always_inline)) void forward_rows(const std::byte* a, const std::byte* b, int n, const Sums& sums,
-                                                                 bool accumulate, Ahead ahead) {
-    if (accumulate)
-      load_sums<kA, 2>(sums);
+  template <bool kInt8, int kA, class Meanwhile>
+  static inline __attribute__((always_inline)) void row_product(const std::byte* a, const std::byte* b, int n, const float* from, float* to,
+                                                                Meanwhile meanwhile) {
+    constexpr std::ptrdiff_t kNextRows = 16 * kPanelColumns, kNextColumns = 16;
+    if (from)
+      load_sums<kA, 2>({const_cast<float*>(from), kNextRows, kNextColumns, kPanelColumns});
     else
       zero_sums<kA, 2>();
-    multiply_steps<kInt8, kA, 2, kStreamB>(a, kA * kTileBytes, kTileBytes, b, kPairBytes, kTileBytes, n, ahead);
-    store_sums<kA, 2>(sums);
+    multiply_steps<kInt8, kA, 2, true>(a, kA * kTileBytes, kTileBytes, b, kPairBytes, kTileBytes, n, meanwhile);
+    store_sums<kA, 2>({to, kNextRows, kNextColumns, kPanelColumns});
   }
 
   template <int t, bool kStream>
@@ -183,22 +298,22 @@ struct TileGemm {
     if constexpr (kA == 2 && kB == 2) T::template store<3>(at.c + at.a + at.b, 4 * at.ld);
   }
 
-  // Sums += A B over n steps, for kA A tiles and kB B tiles; one side streams, the other is reused (L1). meanwhile(step) is work for the
-  // rest of the core, which has 16 cycles for each product. It comes after the step's loads, so that they never wait for its stores.
-  template <bool kInt8, int kA, int kB, bool kStreamB, class Meanwhile>
+  // Sums += A B over n steps, for kA A tiles and kB B tiles; B streams, A does (kStreamA) or is used again from L1. meanwhile() is work for
+  // the rest of the core, which has 16 cycles for each product. It comes after the step's loads, so that they never wait for its stores.
+  template <bool kInt8, int kA, int kB, bool kStreamA, class Meanwhile>
   static inline __attribute__((always_inline)) void multiply_steps(const std::byte* a, std::ptrdiff_t a_step, std::ptrdiff_t a_tile,
                                                                    const std::byte* b, std::ptrdiff_t b_step, std::ptrdiff_t b_tile, int n,
                                                                    Meanwhile meanwhile) {
     for (int s = 0; s < n; ++s, a += a_step, b += b_step) {
-      load_tile<6, kStreamB>(b);
-      load_tile<4, !kStreamB>(a);
+      T::template load_streamed<6>(b, 64);
+      load_tile<4, kStreamA>(a);
       T::template multiply<kInt8, 0, 4, 6>();
-      if constexpr (kA == 2) load_tile<5, !kStreamB>(a + a_tile);
+      if constexpr (kA == 2) load_tile<5, kStreamA>(a + a_tile);
       if constexpr (kA == 2) T::template multiply<kInt8, 2, 5, 6>();
-      if constexpr (kB == 2) load_tile<7, kStreamB>(b + b_tile);
+      if constexpr (kB == 2) T::template load_streamed<7>(b + b_tile, 64);
       if constexpr (kA == 2 && kB == 2) T::template multiply<kInt8, 3, 5, 7>();
       if constexpr (kB == 2) T::template multiply<kInt8, 1, 4, 7>();
-      meanwhile(s);
+      meanwhile();
     }
   }
 
@@ -246,15 +361,6 @@ struct TileGemm {
     Backward<kWords, kStored>(operand, m, w, s0, s1, c, accumulate).run();
   }
 
-  // Pieces of work in even shares, one share a turn.
-  struct Shares {
-    int pieces, turns, done = 0, due = 0;
-    template <class Piece>
-    void turn(Piece piece) {
-      for (due += pieces; due >= turns; due -= turns) piece(done++);
-    }
-  };
-
   // A call works on one C block after the other, whose contraction over the panels is cut into rounds: the panels of a round, expanded, are
   // multiplied by block after block of 32 rows. The tile and the vector unit work at once. While a round is multiplied, the next one is
   // expanded into a second buffer, long before it is loaded (a tile load cannot take its bytes from stores that are on their way to L1);
@@ -290,8 +396,8 @@ struct TileGemm {
     // While a block of rows passes, L1 gets to see the round's A tiles (2 KB a panel), the block's sums (4 KB), and the block's share of
     // the next round: 2 KB of W and 2 KB of A a panel. As many panels as fit: A, which every block loads, stays in L1, and the sums, which
     // wait in L2, are loaded and stored as rarely as can be.
-    static constexpr int kL1 = 48;                                                                  // KB
-    static constexpr int most_panels(int blocks) { return (kL1 - 4) * blocks / (2 * blocks + 4); }  // 7, 11, 13, 14 .. 17
+    static constexpr int kL1 = 32;                                                                  // KB
+    static constexpr int most_panels(int blocks) { return (kL1 - 4) * blocks / (2 * blocks + 4); }  // 4, 7, 8 .. 11
 
     // The buffers lie whole pages apart: loads are then two steps behind the stores that look like theirs, equal in an address's low bits.
     static constexpr int kBufferBytes = round_up(most_panels(kMaxTiles / 2) * kPairBytes, 4096);
@@ -316,7 +422,7 @@ struct TileGemm {
       const int turns = blocks_ * now.panels;
       Shares expansion{kPieces * next.panels, turns};
       Shares transposition{now.index == 0 && now.c_block > 0 ? kTransposePieces * blocks_ : 0, turns};
-      const auto meanwhile = [&](int) {
+      const auto meanwhile = [&] {
         expansion.turn([&](int i) { expand(next, i); });
         transposition.turn([&](int i) { transpose(now.c_block - 1, i); });
       };
@@ -339,7 +445,7 @@ struct TileGemm {
       else if (!first)
         load_sums<2, kB>(sums);
       const std::byte* b = operand_ + tile_at(m_, n_panels_, 2 * block, now.panel);
-      multiply_steps<false, 2, kB, true>(now.a, kPairBytes, kTileBytes, b, kB * kTileBytes, kTileBytes, now.panels, meanwhile);
+      multiply_steps<false, 2, kB, false>(now.a, kPairBytes, kTileBytes, b, kB * kTileBytes, kTileBytes, now.panels, meanwhile);
       if (!last || now.index + 1 == rounds_) store_sums<2, kB>(sums);
     }
 

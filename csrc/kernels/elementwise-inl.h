@@ -123,15 +123,31 @@ struct Elementwise {
       for (int r = 0; r < m; ++r) std::memcpy(dst + r * ld + kPanelColumns * b, c + r * kPanelColumns, kPanelColumns * sizeof(float));
   }
 
+  static void stream_rows(const float* c, int m, int n_blocks, bf16* dst, std::ptrdiff_t ld) {
+    for (int b = 0; b < n_blocks; ++b, c += c_block_floats(m))
+      for (int r = 0; r < m; ++r)
+        for (int j = 0; j < kPanelColumns; j += 16)
+          V::stream_bf16(dst + r * ld + kPanelColumns * b + j, V::load(c + r * kPanelColumns + j));
+  }
+
   static void combine(const float* rows, std::ptrdiff_t ld, const std::int32_t* row_of, const float* weight, int top_k, int n, float* sum) {
+    combine_rows([&](std::ptrdiff_t at) { return V::load(rows + at); }, ld, row_of, weight, top_k, n, sum);
+  }
+  static void combine_bf16(const bf16* rows, std::ptrdiff_t ld, const std::int32_t* row_of, const float* weight, int top_k, int n,
+                           float* sum) {
+    combine_rows([&](std::ptrdiff_t at) { return V::load_bf16(rows + at); }, ld, row_of, weight, top_k, n, sum);
+  }
+  template <class Load>
+  static inline __attribute__((always_inline)) void combine_rows(Load load, std::ptrdiff_t ld, const std::int32_t* row_of,
+                                                                 const float* weight, int top_k, int n, float* sum) {
     for (int j = 0; j < n; j += 32) {
       F a = V::set(0.0f), b = a;
       for (int s = 0; s < top_k; ++s) {
         if (row_of[s] < 0) continue;
-        const float* row = rows + row_of[s] * ld + j;
+        const std::ptrdiff_t at = row_of[s] * ld + j;
         const F w = V::set(weight ? weight[s] : 1.0f);
-        a = V::add(a, V::mul(w, V::load(row)));
-        b = V::add(b, V::mul(w, V::load(row + 16)));
+        a = V::add(a, V::mul(w, load(at)));
+        b = V::add(b, V::mul(w, load(at + 16)));
       }
       V::store(sum + j, a);
       V::store(sum + j + 16, b);

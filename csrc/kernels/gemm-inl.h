@@ -132,6 +132,13 @@ struct VectorGemm {
 
   // --- forward ---
 
+  static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate,
+                      const Epilogue* epilogue) {
+    forward(operand, m, w, p0, p1, c, accumulate);
+    if (!epilogue) return;
+    for (int p = p0; p < p1; ++p, c += c_block_floats(m)) epilogue->take(epilogue->context, c, 0, m, p);
+  }
+
   static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
     switch (w.layout().format) {
       case WeightFormat::bf16:

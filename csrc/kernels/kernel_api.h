@@ -34,6 +34,13 @@ constexpr std::size_t c_block_floats(int m) {
   return static_cast<std::size_t>(round_up(m, 32)) * kPanelColumns;
 }
 
+// Takes the finished sums of a forward product while they are in a near cache: once for every row and panel of the call, in any order and
+// in runs of any length. c: rows [row, row + rows) of the panel, row-major [rows][32], which it may change.
+struct Epilogue {
+  void (*take)(void* context, float* c, int row, int rows, int panel);
+  void* context;
+};
+
 struct KernelTable {
   Isa isa;
   int block_rows;  // most rows of one block
@@ -52,8 +59,10 @@ struct KernelTable {
   // Formats that multiply in bf16: rows are bf16 and row_scale is null. Those that multiply in int8: rows are int8 (readable to the padded
   // k) and row_scale[i] belongs to row i of the source (it goes through `index` too).
   void (*pack_operand)(WeightFormat, RowSource rows, const float* row_scale, int m, int k, std::byte* dst);
-  // Panels [p0, p1) of w; accumulate adds to C (formats without scales only).
-  void (*forward)(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate);
+  // Panels [p0, p1) of w; accumulate adds to C (formats without scales only). With an epilogue (or null) C ends up there, and what is left
+  // in c means nothing.
+  void (*forward)(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate,
+                  const Epilogue* epilogue);
 
   // --- backward: C = dY W, from the same packed bytes ---
   // dY has one column per panel column of W, in panel order; column_scale (or null) multiplies each column: the weights' own scales.
@@ -87,9 +96,12 @@ struct KernelTable {
   void (*c_to_bf16)(const float* c, int m, int n_blocks, float factor, const float* row_factor, bf16* dst, std::ptrdiff_t ld);
   // dst[row][j] = C, j < 32 * n_blocks.
   void (*c_to_rows)(const float* c, int m, int n_blocks, float* dst, std::ptrdiff_t ld);
+  // The same as bf16 in whole cache lines that pass by the caches: dst and ld are multiples of 32. Other threads see them after a fence.
+  void (*stream_rows)(const float* c, int m, int n_blocks, bf16* dst, std::ptrdiff_t ld);
   // sum[j] over slots with row_of[slot] >= 0, in slot order, of weight[slot] * rows[row_of[slot]][j]; n is a multiple of 32;
   // weight null means 1.
   void (*combine)(const float* rows, std::ptrdiff_t ld, const std::int32_t* row_of, const float* weight, int top_k, int n, float* sum);
+  void (*combine_bf16)(const bf16* rows, std::ptrdiff_t ld, const std::int32_t* row_of, const float* weight, int top_k, int n, float* sum);
   void (*round_row)(const float* src, int n, bf16* dst);
 };
 

@@ -26,7 +26,9 @@ constexpr KernelTable make_table(Isa isa, int block_rows) {
       .dot_rows = &E::dot_rows,
       .c_to_bf16 = &E::c_to_bf16,
       .c_to_rows = &E::c_to_rows,
+      .stream_rows = &E::stream_rows,
       .combine = &E::combine,
+      .combine_bf16 = &E::combine_bf16,
       .round_row = &E::round_row,
   };
 }

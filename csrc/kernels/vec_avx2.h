@@ -100,9 +100,11 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(h)), 16)),
             _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1)), 16))};
   }
-  KTMOE_INLINE void store_bf16(bf16* p, F x) {
+  KTMOE_INLINE void store_bf16(bf16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_bf16(x)); }
+  KTMOE_INLINE void stream_bf16(bf16* p, F x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), round_bf16(x)); }
+  KTMOE_INLINE __m256i round_bf16(F x) {
     const __m256i packed = _mm256_packus_epi32(round_bf16(x.a), round_bf16(x.b));  // per 128-bit half: a0-3 b0-3 | a4-7 b4-7
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+    return _mm256_permute4x64_epi64(packed, 0xd8);
   }
   KTMOE_INLINE void store_s8(std::int8_t* p, I x) {
     const __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);

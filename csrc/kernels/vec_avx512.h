@@ -9,7 +9,7 @@ struct Vec {
   static constexpr bool kSignedBytes = false;
   static constexpr bool kFloatTables = true;  // has lookup
   static constexpr bool kInOrder = false;     // see weight_order-inl.h
-  static constexpr int kAhead = 4096;
+  static constexpr int kAhead = 8192;
   static constexpr int kAskRows = 3;
   static constexpr int kRows = 12;  // 12 x 32 columns = 24 of the 32 registers accumulate
   static constexpr int kTiles = 2;
@@ -68,13 +68,15 @@ struct Vec {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return as_f(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
   }
-  KTMOE_INLINE void store_bf16(bf16* p, F x) {
+  KTMOE_INLINE void store_bf16(bf16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_bf16(x)); }
+  KTMOE_INLINE void stream_bf16(bf16* p, F x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), round_bf16(x)); }
+  KTMOE_INLINE __m256i round_bf16(F x) {
     const I u = as_i(x);
     const I rounded = add_i(or_odd(u, shr<16>(u), set_i(1)), set_i(0x7fff));
     const I kept = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, set_i(0x400000));
     const I upper = _mm512_setr_epi32(0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015, 0x001b0019, 0x001f001d, 0, 0,
                                       0, 0, 0, 0, 0, 0);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, kept)));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, kept));
   }
   KTMOE_INLINE void store_s8(std::int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(x)); }
   KTMOE_INLINE void store_s8_pairs(std::int8_t* p, I even, I odd) {

@@ -154,6 +154,8 @@ struct Vec {
   static void store_bf16(bf16* p, F x) {
     for (int i = 0; i < 16; ++i) p[i] = to_bf16(x.v[i]);
   }
+  // The same past the caches, p at a multiple of 32 bytes.
+  static void stream_bf16(bf16* p, F x) { store_bf16(p, x); }
   static void store_s8(std::int8_t* p, I x) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(x.v[i]);
   }

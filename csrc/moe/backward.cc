@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "moe/base_gradients.h"
+#include "moe/expert_rows.h"
 #include "moe/part.h"
 #include "moe/schedule.h"
 
@@ -30,9 +31,8 @@ struct Pass {
   const RoutePlan& plan;
   const LoraAdapter* lora;
   const Dropout& dropout;
-  float* rows;  // [plan.rows()][rows_ld]: dX of each row
-  std::ptrdiff_t rows_ld;
-  float* dots;  // [plan.rows()]: gradient of the routing weight
+  ExpertRows rows;  // dX of each row
+  float* dots;      // [plan.rows()]: gradient of the routing weight
   const Gradients& grads;
 };
 
@@ -228,11 +228,12 @@ class ExpertBackward {
       k_.pack_grad_operand({dgu_, dgu_ld_, nullptr}, scaled(expert_.gate_up) ? expert_.gate_up.scales() : nullptr, m_, gate_up_columns(),
                            expert_.gate_up.layout().n_panels, dgu_operand_);
     if (!p_.rows) return;
-    const int hidden = static_cast<int>(p_.rows_ld);
+    const int hidden = p_.rows.columns();
     units_.each(ceil_div(hidden, kGroupColumns), [&](int g, Scratch& scratch) {
       const int first = g * kGroupColumns, columns = std::min(kGroupColumns, hidden - first);
       float* c = columns_of(scratch, dgu_operand_, expert_.gate_up, p_.lora ? &lora_.a_gate_up : nullptr, Dropout::kX, first, columns);
-      k_.c_to_rows(c, m_, columns / kPanelColumns, p_.rows + block_.begin * p_.rows_ld + first, p_.rows_ld);
+      p_.rows.store(k_, c, m_, columns / kPanelColumns, block_.begin, first);
+      p_.rows.stored();
     });
   }
 
@@ -402,12 +403,12 @@ void combine(ThreadPool::Session& session, const Pass& pass) {
   session.parallel_for(ceil_div(plan.n_tokens, kUnit), [&](int unit, int worker) {
     Scratch& scratch = session.scratch(worker);
     scratch.reset();
-    float* sum = scratch.take<float>(static_cast<std::size_t>(pass.rows_ld));
+    float* sum = scratch.take<float>(static_cast<std::size_t>(pass.rows.columns()));
     for (int t = unit * kUnit; t < std::min((unit + 1) * kUnit, plan.n_tokens); ++t) {
       const std::ptrdiff_t slot = static_cast<std::ptrdiff_t>(t) * plan.top_k, hidden = pass.config.hidden;
       const std::int32_t* row_of = plan.row_of.data() + slot;
       if (pass.rows) {
-        pass.kernels.combine(pass.rows, pass.rows_ld, row_of, nullptr, plan.top_k, static_cast<int>(pass.rows_ld), sum);
+        pass.rows.combine(pass.kernels, row_of, nullptr, plan.top_k, sum);
         const FloatOrBf16 dst = pass.grads.input.from(t * hidden);
         if (dst.f32) std::memcpy(dst.f32, sum, sizeof(float) * static_cast<std::size_t>(hidden));
         if (dst.b16) pass.kernels.round_row(sum, pass.config.hidden, dst.b16);
@@ -450,10 +451,9 @@ void LayerPart::clear_gradients(ThreadPool::Session& session, const RoutePlan* f
 void LayerPart::backward(ThreadPool::Session& session, const BackwardPass& in, const ForwardCache::Kept& kept,
                          const Gradients& grads) const {
   const std::size_t rows = static_cast<std::size_t>(in.plan.rows());
-  const std::ptrdiff_t rows_ld = round_up(config_.hidden, kPanelColumns);
   session.shared().reset();
-  Pass pass{*this, kernels_, config_, in, kept, in.plan, in.lora, in.dropout, nullptr, rows_ld, nullptr, grads};
-  if (grads.input) pass.rows = session.shared().take<float>(rows * static_cast<std::size_t>(rows_ld));
+  Pass pass{*this, kernels_, config_, in, kept, in.plan, in.lora, in.dropout, {}, nullptr, grads};
+  if (grads.input) pass.rows = ExpertRows(session.shared(), in.plan.rows(), config_.hidden);
   pass.dots = session.shared().take<float>(rows);
   run_experts(session, pass);
   combine(session, pass);

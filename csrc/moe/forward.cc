@@ -1,6 +1,6 @@
 // The forward pass of one part of a layer.
 //
-//   X --(quantise)--> operand --gate/up GEMM (+ LoRA, bias)--> C --activation--> h --operand--> down GEMM (+ LoRA, bias) --> fp32 rows
+//   X --(quantise)--> operand --gate/up GEMM (+ LoRA, bias)--> C --activation--> h --operand--> down GEMM (+ LoRA, bias) --> rows
 //   --combine--> out
 //
 // Two schedules, the same arithmetic (a row's result depends on its block alone, never on the schedule or the thread):
@@ -8,13 +8,24 @@
 //   panels  all workers share each stage of all blocks; when blocks are few (decode, or few experts)
 #include <algorithm>
 
+#include "moe/expert_rows.h"
 #include "moe/part.h"
 #include "moe/schedule.h"
 
 namespace ktmoe {
 namespace {
 
-constexpr int kGroupPanels = 8;  // most panels of one kernel call: the C block of 256 rows x 256 columns is 256 KB
+constexpr int kGroupPanels = 8;  // most panels of a unit of a shared stage
+// Most panels of one kernel call, so that its C blocks take 256 KB.
+int call_panels(int m) {
+  return std::max(kGroupPanels, static_cast<int>(65536 / c_block_floats(m)));
+}
+
+// An epilogue that calls f(c, row, rows, panel); f outlives it.
+template <class F>
+Epilogue epilogue_of(F& f) {
+  return {[](void* context, float* c, int row, int rows, int panel) { (*static_cast<F*>(context))(c, row, rows, panel); }, &f};
+}
 
 struct Pass {
   const LayerPart& part;
@@ -29,8 +40,7 @@ struct Pass {
   const float* x_scale;
   std::ptrdiff_t x8_ld;
   ForwardCache::Kept* cache;  // or null
-  float* rows;                // [plan.rows()][rows_ld], the experts' outputs
-  std::ptrdiff_t rows_ld;
+  ExpertRows rows;            // the experts' outputs
 };
 
 // One block on its way through the layer. Buffers come from the scratch of the worker (owner) or of the call (panels).
@@ -80,13 +90,14 @@ class BlockForward {
 
   // Panels [p0, p1) of gate/up -> h.
   void gate_up(Scratch& scratch, int p0, int p1) {
-    float* c = c_blocks(scratch, p1 - p0);
-    p_.kernels.forward(operand_, m_, expert_.gate_up, p0, p1, c, false);
-    if (p_.lora) p_.kernels.forward(u_operand_, m_, lora_.b_gate_up, p0, p1, c, true);
     const std::ptrdiff_t ld = static_cast<std::ptrdiff_t>(gate_up_panels()) * kPanelColumns;
-    bf16* keep = p_.cache ? p_.cache->gate_up.as<bf16>() + block_.begin * ld + p0 * kPanelColumns : nullptr;
-    if (expert_.gate_up_bias) p_.kernels.add_bias(c, m_, p1 - p0, expert_.gate_up_bias + p0 * kPanelColumns);
-    p_.kernels.activate(p_.config.activation, c, m_, p1 - p0, h_ + p0 * h_per_panel(), h_ld_, keep, ld);
+    bf16* keep = p_.cache ? p_.cache->gate_up.as<bf16>() + block_.begin * ld : nullptr;
+    auto activate = [&](float* c, int row, int rows, int panel) {
+      if (expert_.gate_up_bias) p_.kernels.add_bias(c, rows, 1, expert_.gate_up_bias + panel * kPanelColumns);
+      p_.kernels.activate(p_.config.activation, c, rows, 1, h_ + row * h_ld_ + panel * h_per_panel(), h_ld_,
+                          keep ? keep + row * ld + panel * kPanelColumns : nullptr, ld);
+    };
+    product(scratch, expert_.gate_up, p_.lora ? &lora_.b_gate_up : nullptr, p0, p1, epilogue_of(activate));
   }
 
   // h -> operand; U = scaling * h A^T.
@@ -106,23 +117,39 @@ class BlockForward {
 
   // Panels [p0, p1) of down -> rows.
   void down(Scratch& scratch, int p0, int p1) {
-    float* c = c_blocks(scratch, p1 - p0);
-    p_.kernels.forward(operand_, m_, expert_.down, p0, p1, c, false);
-    if (p_.lora) p_.kernels.forward(u_operand_, m_, lora_.b_down, p0, p1, c, true);
-    if (expert_.down_bias) p_.kernels.add_bias(c, m_, p1 - p0, expert_.down_bias + p0 * kPanelColumns);
-    p_.kernels.c_to_rows(c, m_, p1 - p0, p_.rows + block_.begin * p_.rows_ld + p0 * kPanelColumns, p_.rows_ld);
+    auto store = [&](float* c, int row, int rows, int panel) {
+      if (expert_.down_bias) p_.kernels.add_bias(c, rows, 1, expert_.down_bias + panel * kPanelColumns);
+      p_.rows.store(p_.kernels, c, rows, 1, block_.begin + row, panel * kPanelColumns);
+    };
+    product(scratch, expert_.down, p_.lora ? &lora_.b_down : nullptr, p0, p1, epilogue_of(store));
+    p_.rows.stored();
   }
 
   void whole(Scratch& scratch) {
+    const int group = call_panels(m_);
     begin(scratch);
-    for (int p = 0; p < gate_up_panels(); p += kGroupPanels) gate_up(scratch, p, std::min(p + kGroupPanels, gate_up_panels()));
+    for (int p = 0; p < gate_up_panels(); p += group) gate_up(scratch, p, std::min(p + group, gate_up_panels()));
     middle(scratch);
-    for (int p = 0; p < down_panels(); p += kGroupPanels) down(scratch, p, std::min(p + kGroupPanels, down_panels()));
+    for (int p = 0; p < down_panels(); p += group) down(scratch, p, std::min(p + group, down_panels()));
   }
 
  private:
   static bool int8(const PackedMatrix& w) { return w.layout().direct() == WeightFormat::int8; }
   int h_per_panel() const { return p_.config.activation.h_per_panel(); }
+
+  // Panels [p0, p1) of operand_ W^T (+ U B^T). The larger product comes last, since the epilogue runs beside it; but integer sums cannot go
+  // on from LoRA's.
+  void product(Scratch& scratch, const PackedMatrix& w, const PackedMatrix* lora_b, int p0, int p1, const Epilogue& epilogue) {
+    float* c = c_blocks(scratch, p1 - p0);
+    if (!lora_b) return p_.kernels.forward(operand_, m_, w, p0, p1, c, false, &epilogue);
+    if (int8(w)) {
+      p_.kernels.forward(operand_, m_, w, p0, p1, c, false, nullptr);
+      p_.kernels.forward(u_operand_, m_, *lora_b, p0, p1, c, true, &epilogue);
+    } else {
+      p_.kernels.forward(u_operand_, m_, *lora_b, p0, p1, c, false, nullptr);
+      p_.kernels.forward(operand_, m_, w, p0, p1, c, true, &epilogue);
+    }
+  }
 
   float* c_blocks(Scratch& scratch, int n) {
     // One C area serves every call of a task; the worker's scratch is reset between tasks.
@@ -149,7 +176,7 @@ class BlockForward {
     }
     p_.kernels.pack_operand(WeightFormat::bf16, rows, nullptr, m_, k, lora_operand_);
     float* c = c_blocks(scratch, panels);
-    p_.kernels.forward(lora_operand_, m_, a, 0, panels, c, false);
+    p_.kernels.forward(lora_operand_, m_, a, 0, panels, c, false, nullptr);
     bf16* u = keep ? keep + static_cast<std::ptrdiff_t>(block_.begin) * columns : u_;
     p_.kernels.c_to_bf16(c, m_, panels, p_.lora->scaling * p_.dropout.factor(), nullptr, u, columns);
     p_.kernels.pack_operand(WeightFormat::bf16, {u, columns, nullptr}, nullptr, m_, used, u_operand_);
@@ -227,11 +254,10 @@ void combine(ThreadPool::Session& session, const Pass& pass, FloatOrBf16 out) {
   session.parallel_for(ceil_div(plan.n_tokens, kUnit), [&](int unit, int worker) {
     Scratch& scratch = session.scratch(worker);
     scratch.reset();
-    float* sum = scratch.take<float>(static_cast<std::size_t>(pass.rows_ld));
+    float* sum = scratch.take<float>(static_cast<std::size_t>(pass.rows.columns()));
     for (int t = unit * kUnit; t < std::min((unit + 1) * kUnit, plan.n_tokens); ++t) {
       const std::ptrdiff_t slot = static_cast<std::ptrdiff_t>(t) * plan.top_k, hidden = pass.config.hidden;
-      pass.kernels.combine(pass.rows, pass.rows_ld, plan.row_of.data() + slot, plan.slot_weight.data() + slot, plan.top_k,
-                           static_cast<int>(pass.rows_ld), sum);
+      pass.rows.combine(pass.kernels, plan.row_of.data() + slot, plan.slot_weight.data() + slot, plan.top_k, sum);
       if (out.f32) std::memcpy(out.f32 + t * hidden, sum, sizeof(float) * static_cast<std::size_t>(hidden));
       if (out.b16) pass.kernels.round_row(sum, pass.config.hidden, out.b16 + t * hidden);
     }
@@ -245,9 +271,8 @@ AlignedBuffer bf16_rows(int rows, int columns) {
 }  // namespace
 
 void LayerPart::forward(ThreadPool::Session& session, const ForwardPass& in, ForwardCache::Kept* kept, FloatOrBf16 out) const {
-  const std::ptrdiff_t rows_ld = round_up(config_.hidden, kPanelColumns);
-  Pass pass{*this, kernels_, config_, in.plan, in.lora, in.dropout, in.first_token, in.x, nullptr, nullptr, 0, kept, nullptr, rows_ld};
-  pass.rows = session.shared().take<float>(static_cast<std::size_t>(in.plan.rows()) * static_cast<std::size_t>(rows_ld));
+  Pass pass{*this, kernels_, config_, in.plan, in.lora, in.dropout, in.first_token, in.x, nullptr, nullptr, 0, kept, {}};
+  pass.rows = ExpertRows(session.shared(), in.plan.rows(), config_.hidden);
   if (format_info(config_.format).direct == WeightFormat::int8) quantize_tokens(session, pass);
   if (owner_pays(static_cast<int>(in.plan.blocks.size()), in.plan.most_rows(), in.plan.rows(), session.threads()))
     run_owner(session, pass);

@@ -15,7 +15,7 @@ class Scratch {
       std::size_t total = 0;
       for (const auto& c : chunks_) total += c.size();
       chunks_.clear();
-      chunks_.emplace_back(total);
+      chunks_.emplace_back(chunk_bytes(total));
     }
     used_ = 0;
   }
@@ -25,7 +25,7 @@ class Scratch {
   T* take(std::size_t count) {
     const std::size_t bytes = round_up_bytes(checked_mul(count, sizeof(T)), 64);
     if (chunks_.empty() || used_ + bytes > chunks_.back().size()) {
-      chunks_.emplace_back(std::max(bytes, kChunk));
+      chunks_.emplace_back(chunk_bytes(bytes));
       used_ = 0;
     }
     std::byte* p = chunks_.back().data() + used_;
@@ -40,7 +40,12 @@ class Scratch {
   }
 
  private:
-  static constexpr std::size_t kChunk = std::size_t{1} << 16;
+  // Whole huge pages, but for those who need little.
+  static std::size_t chunk_bytes(std::size_t bytes) {
+    constexpr std::size_t kLittle = std::size_t{1} << 16, kHuge = AlignedBuffer::kHugePage;
+    if (bytes <= kLittle) return kLittle;
+    return bytes < kHuge / 2 ? bytes : round_up_bytes(bytes, kHuge);
+  }
   std::vector<AlignedBuffer> chunks_;
   std::size_t used_ = 0;
 };

@@ -70,6 +70,14 @@ def test_more_rows_than_a_block(isa: str, fmt: str) -> None:
 
 @each_isa
 @each_layer_format
+def test_so_many_rows_that_they_are_kept_in_bf16(isa: str, fmt: str) -> None:
+    shape = Shape(8, 8, 70, 40)
+    layer, lora = Layer(shape, fmt, isa), make_lora(shape, 4)
+    check(layer, make_inputs(shape, 150), lora, 1.0, "1200 rows")
+
+
+@each_isa
+@each_layer_format
 @pytest.mark.parametrize("chunk", [7, 16])
 def test_chunks(isa: str, fmt: str, chunk: int) -> None:
     """Experts that only a later chunk reaches, too."""

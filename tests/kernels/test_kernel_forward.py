@@ -79,6 +79,15 @@ def test_a_full_block_of_rows(isa: str, fmt: str) -> None:
 
 @each_isa
 @each_format
+def test_more_panels_and_columns_than_pass_at_once(isa: str, fmt: str) -> None:
+    """Several visits of tiles, the last one ragged in both directions, and sums that wait in memory between them."""
+    problem = Problem(isa, fmt, 200, 4300, tokens=70)
+    for m in (20, 33, 70):
+        problem.check(problem.run(m), np.arange(m), f"m={m}")
+
+
+@each_isa
+@each_format
 def test_rows_are_gathered_by_index(isa: str, fmt: str) -> None:
     """Also from rows that lie apart; row scales follow the index."""
     problem = Problem(isa, fmt, 40, 96, tokens=50)

@@ -16,7 +16,7 @@ each_unpacked = pytest.mark.parametrize("fmt", UNPACKED)
 # Few rows are unpacked in registers, more in cache; every way to fill the row groups of the levels
 ROWS = [1, 2, 3, 4, 7, 9, 12, 13, 16, 17, 24, 25, 32, 33, 64]
 # n, k: ragged and whole k-steps (64 to 256), more than one block of 8 direct steps
-SHAPES = [(1, 1), (33, 300), (40, 1024)]
+SHAPES = [(1, 1), (33, 300), (40, 1024), (200, 1100)]
 
 
 def rounding_bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -52,6 +52,16 @@ def test_more_rows_than_a_block(isa: str, fmt: str) -> None:
 
 @each_isa
 @each_layer_format
+def test_so_many_rows_that_they_are_kept_in_bf16(isa: str, fmt: str) -> None:
+    shape, tokens = Shape(16, 8, 70, 40), 150  # 1200 rows, from 1024 on
+    layer = Layer(shape, fmt, isa)
+    for kind in ("uniform", "mixed"):
+        x = make_inputs(shape, tokens, kind)
+        check(fmt, layer.forward(x), layer.reference(x), f"{isa}/{fmt} {kind}")
+
+
+@each_isa
+@each_layer_format
 @pytest.mark.parametrize("rank", [1, 4, 16, 33])
 def test_lora(isa: str, fmt: str, rank: int) -> None:
     for shape in (Shape(3, 2, 100, 70), Shape(2, 1, 33, 17)):

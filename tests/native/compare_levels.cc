@@ -135,7 +135,7 @@ Results run(const KernelTable& k, WeightFormat format, int m, int n, int kk) {
   else
     k.pack_operand(format, {x.data(), kk, nullptr}, nullptr, m, kk, operand.data());
   std::vector<float> c(c_block_floats(m) * static_cast<std::size_t>(layout.n_panels));
-  k.forward(operand.data(), m, matrix, 0, layout.n_panels, c.data(), false);
+  k.forward(operand.data(), m, matrix, 0, layout.n_panels, c.data(), false, nullptr);
   r.forward = valid(c, m, layout.n_panels);
   const int pairs = layout.n_panels;
   random_bits.seed(9);

@@ -27,7 +27,7 @@ def to_bf16(x: torch.Tensor) -> torch.Tensor:
 
 
 def to_int8_rows(x: torch.Tensor) -> torch.Tensor:
-    """The reciprocal is fp32, as in the kernels: ties such as amax / 2 are common in bf16, and double would break them."""
+    """The reciprocal is fp32, as in the kernels: ties such as amax / 2 are common in bf16; double would break them."""
     values = x.detach().float()
     scale = values.abs().amax(dim=1, keepdim=True) / 127
     levels = torch.where(scale > 0, torch.round(values * (1 / torch.where(scale > 0, scale, 1.0))), 0.0)

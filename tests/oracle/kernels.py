@@ -88,10 +88,15 @@ class Kernels:
         part: tuple[int, int] | None = None,
         start: np.ndarray | None = None,
     ) -> np.ndarray:
-        """C blocks [panels, m, 32]; `start` is accumulated to."""
+        """C blocks [panels, m, 32]; `start` is accumulated to. An epilogue gets the same, each row and panel once."""
         p0, p1 = part or (0, panels)
-        c = self._c(p1 - p0, m, start)
-        _k.forward(self.isa, self.fmt, operand, m, packed, panels, k, p0, p1, c, start is not None)
+        c, work = self._c(p1 - p0, m, start), self._c(p1 - p0, m, start)
+        sums, taken = np.zeros((p1 - p0, m, 32), np.float32), np.zeros((p1 - p0, m), np.int32)
+        arguments = (self.isa, self.fmt, operand, m, packed, panels, k, p0, p1)
+        _k.forward(*arguments, c, start is not None)
+        _k.forward_taken(*arguments, work, start is not None, sums, taken)
+        assert (taken == 1).all()
+        assert sums.tobytes() == np.ascontiguousarray(c[:, :m]).tobytes()
         return c[:, :m]
 
     # --- backward ---
@@ -201,19 +206,25 @@ class Kernels:
         return dot
 
     def c_out(self, c: np.ndarray, row_factor: np.ndarray, ld: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """c [blocks, m, 32] -> bf16 bits of 0.5 * row_factor * C, and C as fp32 rows."""
+        """c [blocks, m, 32] -> bf16 bits of 0.5 * row_factor * C, and C as fp32 rows; its bf16 rows are checked."""
         blocks, m, _ = c.shape
         rounded = put_rows(self.place, np.zeros((m, 32 * blocks), np.uint16), ld + 32 * blocks)
         rows = put_rows(self.place, np.zeros((m, 32 * blocks), np.float32), ld + 32 * blocks)
         factors = put(self.place, row_factor, 4)
         _k.c_to_bf16(self.isa, self._c(blocks, m, c), m, blocks, 0.5, factors, _rows(rounded))
         _k.c_to_rows(self.isa, self._c(blocks, m, c), m, blocks, rows)
+        streamed = self.place.empty((m, 32 * blocks), np.uint16)
+        _k.c_to_rows(self.isa, self._c(blocks, m, c), m, blocks, _rows(streamed))
+        assert (streamed == bf16.narrow(rows)).all()
         return rounded, rows
 
     def combine(
         self, rows: np.ndarray, row_of: np.ndarray, weight: np.ndarray, hidden: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The weighted sum of the rows named by row_of (-1: none), and its first `hidden` values as bf16 bits."""
+        """The weighted sum of the rows named by row_of (-1: none), and its first `hidden` values as bf16 bits.
+
+        bf16 rows are checked to give what the same numbers give as fp32.
+        """
         total = put(self.place, np.zeros(rows.shape[1], np.float32), 4)
         _k.combine(
             self.isa,
@@ -222,6 +233,12 @@ class Kernels:
             put(self.place, weight, 4),
             total,
         )
+        same, few = put(self.place, np.zeros(rows.shape[1], np.float32), 4), bf16.narrow(rows)
+        args = put(self.place, row_of, 4), put(self.place, weight, 4)
+        _k.combine(self.isa, _rows(put_rows(self.place, few, rows.shape[1] + 3)), *args, same)
+        exact = put(self.place, np.zeros(rows.shape[1], np.float32), 4)
+        _k.combine(self.isa, put_rows(self.place, bf16.widen(few), rows.shape[1] + 3), *args, exact)
+        assert same.tobytes() == exact.tobytes()
         rounded = put(self.place, np.zeros(hidden, np.uint16), 2)
         _k.round_row(self.isa, put(self.place, total[:hidden], 4), bf16.tensor(rounded))
         return total, rounded
