@@ -65,7 +65,10 @@ def run_shapes(args: Arguments, plan: Plan, pace: Pace, *, with_limits: bool) ->
         with problem_files(shape, sft=outcome.sft) as folder:
             with running(outcome, folder, names, args.launches, pace, max(sizes)) as workers:
                 for tokens in sizes:
-                    time_cell(workers, outcome, tokens, pace, reading)
+                    if args.late:
+                        outcome.leave_out("all", "the time was up", tokens)
+                    else:
+                        time_cell(workers, outcome, tokens, pace, reading)
                 if index == 0 and not args.options.cells_only:
                     costs.time_wrapper(workers, outcome, pace)
             if outcome.sft and not args.options.cells_only:

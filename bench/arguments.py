@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +34,13 @@ class Arguments:
     plans: list[Plan]
     launches: dict[str, Launch]
     """How a process of each family is started."""
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is up in which cells may begin."""
+        within: float | None = self.options.within
+        return within is not None and time.monotonic() > self.started + within
 
 
 def parse(description: str, argv: list[str] | None = None) -> Arguments:
@@ -70,6 +78,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add("--rounds", type=int)
     add("--seconds", type=float, help="per implementation and cell, all rounds together")
     add("--max-call", type=float, default=5.0, help="leave out cells with a longer forward or backward (seconds)")
+    add("--within", type=float, help="seconds; cells that would begin later are left out (a machine lent for minutes)")
     add("--read-bytes", type=int, help="buffer of the bandwidth test; default: 4 x the caches")
     add("--cells-only", action="store_true", help="leave out TINY, the wrapper beside the extension, memory")
     add("--out", type=Path, default=Path("bench-out"))

@@ -4,8 +4,8 @@
 //   forward   A = rows of X (16 x k-step),             B = a VK tile of W as it lies in memory,     C = 16 rows x 16 columns
 //   backward  A = W^T (16 k x 32 n), from two VK tiles by a lane-local blend (expand_row), B = dY^T, C = 16 k x 16 rows, transposed
 //   outer     A = P^T (16 columns x 32 rows),          B = pairs of rows of Q,                      C = 16 x 16 of the result
-// The operand that streams from L2 or beyond is loaded with the T1 hint, so that the reused one stays in L1.
-// One or two rows go to the vector kernels: a tile would be mostly padding, and the call is bound by memory anyway.
+// Operands that stream from L2 or beyond are loaded with the T1 hint, so that what is used again stays in L1.
+// Few rows of formats that must be unpacked, and one or two on the way back, go to the vector kernels: a tile would be mostly padding.
 // Include inside the namespace of a level, after gemm-inl.h.
 
 template <class V, class T, class Vector>

@@ -158,6 +158,17 @@ def test_without_a_compiler_there_are_no_floors_but_times(
 
 
 @pytest.mark.usefixtures("known_limits")
+@pytest.mark.usefixtures("known_limits")
+def test_cells_that_would_begin_too_late_are_left_out(tmp_path: Path) -> None:
+    options = ["--mode", "inference", "--cells", "T:1,T:4", "--methods", "BF16", "--peers", "none", "--cells-only"]
+    with pytest.raises(SystemExit):
+        run(tmp_path, *options, "--within", "soon")
+    assert bench.main([*FAST, "--out", str(tmp_path), *options, "--within", "0"]) == 1
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert data["cells"] == []
+    assert [(row["tokens"], row["why"]) for row in data["left_out"]] == [(n, "the time was up") for n in (1, 4)]
+
+
 def test_what_fails_is_left_out_and_said(tmp_path: Path) -> None:
     data = run(tmp_path, "--cells", "T:1", "--methods", "BF16,NOSUCH", "--peers", "none", "--cells-only")
     assert [row["impl"] for row in data["cells"]] == ["ktmoe:BF16"]
