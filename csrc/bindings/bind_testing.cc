@@ -63,18 +63,22 @@ void repack(const std::string& format, const std::vector<InArray>& parts, int n,
       bytes("dst", dst, layout.bytes));
 }
 
-void forward(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels, int k,
-             int p0, int p1, const OutArray& c, bool accumulate) {
+void forward_into(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels,
+                  int k, int p0, int p1, const OutArray& c, bool accumulate, const Epilogue* epilogue) {
   const Kernel kernel(isa, format);
   kernel.table.forward(
       bytes("operand", operand, kernel.table.operand_bytes(kernel.format, m, k)), m, packed(kernel.format, weights, n_panels, k), p0, p1,
-      reinterpret_cast<float*>(bytes("c", c, c_block_floats(m) * static_cast<std::size_t>(p1 - p0) * 4)), accumulate, nullptr);
+      reinterpret_cast<float*>(bytes("c", c, c_block_floats(m) * static_cast<std::size_t>(p1 - p0) * 4)), accumulate, epilogue);
+}
+
+void forward(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels, int k,
+             int p0, int p1, const OutArray& c, bool accumulate) {
+  forward_into(isa, format, operand, m, weights, n_panels, k, p0, p1, c, accumulate, nullptr);
 }
 
 // The same through an epilogue that puts what it gets into `sums` [p1 - p0][m][32] and counts in `taken` [p1 - p0][m] how often it got it.
 void forward_taken(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels,
                    int k, int p0, int p1, const OutArray& c, bool accumulate, const OutArray& sums, const OutArray& taken) {
-  const Kernel kernel(isa, format);
   const std::size_t rows = static_cast<std::size_t>(p1 - p0) * static_cast<std::size_t>(m);
   struct Sums {
     int p0, m;
@@ -91,9 +95,7 @@ void forward_taken(const std::string& isa, const std::string& format, const InAr
                             }
                           },
                           &context};
-  kernel.table.forward(
-      bytes("operand", operand, kernel.table.operand_bytes(kernel.format, m, k)), m, packed(kernel.format, weights, n_panels, k), p0, p1,
-      reinterpret_cast<float*>(bytes("c", c, c_block_floats(m) * static_cast<std::size_t>(p1 - p0) * 4)), accumulate, &epilogue);
+  forward_into(isa, format, operand, m, weights, n_panels, k, p0, p1, c, accumulate, &epilogue);
 }
 
 void backward(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels, int k,

@@ -2,7 +2,7 @@
 //
 //   tiles 0-3 accumulate (2 x 2), tiles 4, 5 are A, tiles 6, 7 are B; every tile is 16 rows x 64 bytes, tails are zero padded.
 //   forward   A = rows of X (16 x k-step),             B = a VK tile of W as it lies in memory,     C = 16 rows x 16 columns
-//   backward  A = W^T (16 k x 32 n), from two VK tiles by a lane-local blend (expand_row), B = dY^T, C = 16 k x 16 rows, transposed
+//   backward  A = W^T (16 k x 32 n), from two VK tiles by a lane-local blend (expand_lanes), B = dY^T, C = 16 k x 16 rows, transposed
 //   outer     A = P^T (16 columns x 32 rows),          B = pairs of rows of Q,                      C = 16 x 16 of the result
 // Operands that stream from L2 or beyond are loaded with the T1 hint, so that what is used again stays in L1.
 // Few rows of formats that must be unpacked, and one or two on the way back, go to the vector kernels: a tile would be mostly padding.
@@ -466,28 +466,13 @@ struct TileGemm {
           __builtin_prefetch(src + ahead, 0, 2);
           __builtin_prefetch(src + ahead + kTileBytes, 0, 2);
         }
-        expand_row(src, dst);
+        expand_lanes<V, kWords, 64>(src, src + kTileBytes, dst);  // row k holds the pairs (W[n][k] of tile a, W[n][k] of tile b)
       }
     }
 
     void unpack(int panel, int tile, int step, int half) {
       if (tile == 0 && half == 0) Vector::ask_next_step(w_, panel, step);
       Unpack<V>::tile(w_, panel, tile, step, unpacked_ + tile * kTileBytes);
-    }
-
-    // Row j of a pair of tiles -> rows kWords * j .. of W^T: row k holds the pairs (W[n][k] of tile a, W[n][k] of tile b).
-    static void expand_row(const std::byte* pair, std::byte* dst) {
-      using Pairs = LanePairs<V>;
-      const auto a = V::load_i(pair), b = V::load_i(pair + kTileBytes);
-      if constexpr (kWords == 2) {
-        V::store_i(dst, Pairs::low(a, b));
-        V::store_i(dst + 64, Pairs::high(a, b));
-      } else {
-        V::store_i(dst, Pairs::template bytes<24>(a, b));
-        V::store_i(dst + 64, Pairs::template bytes<16>(a, b));
-        V::store_i(dst + 128, Pairs::template bytes<8>(a, b));
-        V::store_i(dst + 192, Pairs::template bytes<0>(a, b));
-      }
     }
 
     // Tile i of the sums of a C block, in the order of the blocks of rows: each is done before its block's new sums are stored.

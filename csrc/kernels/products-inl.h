@@ -120,21 +120,19 @@ struct LanePairs {
   }
 };
 
-// Row j of tiles a and b, part i of their words as pairs (a, b), to dst + kRow * j + kPart * i.
-template <class V, int kWords, int kRow, int kPart>
-inline void expand_lanes(const std::byte* a, const std::byte* b, std::byte* dst) {
+// A row of tiles a and b, part i of their words as pairs (a, b), to dst + kPart * i.
+template <class V, int kWords, int kPart>
+inline __attribute__((always_inline)) void expand_lanes(const std::byte* a, const std::byte* b, std::byte* dst) {
   using Pairs = LanePairs<V>;
-  for (int j = 0; j < 16; ++j, dst += kRow) {
-    const auto x = V::load_i(a + 64 * j), y = V::load_i(b + 64 * j);
-    if constexpr (kWords == 2) {
-      V::store_i(dst, Pairs::low(x, y));
-      V::store_i(dst + kPart, Pairs::high(x, y));
-    } else {
-      V::store_i(dst, Pairs::template bytes<24>(x, y));
-      V::store_i(dst + kPart, Pairs::template bytes<16>(x, y));
-      V::store_i(dst + 2 * kPart, Pairs::template bytes<8>(x, y));
-      V::store_i(dst + 3 * kPart, Pairs::template bytes<0>(x, y));
-    }
+  const auto x = V::load_i(a), y = V::load_i(b);
+  if constexpr (kWords == 2) {
+    V::store_i(dst, Pairs::low(x, y));
+    V::store_i(dst + kPart, Pairs::high(x, y));
+  } else {
+    V::store_i(dst, Pairs::template bytes<24>(x, y));
+    V::store_i(dst + kPart, Pairs::template bytes<16>(x, y));
+    V::store_i(dst + 2 * kPart, Pairs::template bytes<8>(x, y));
+    V::store_i(dst + 3 * kPart, Pairs::template bytes<0>(x, y));
   }
 }
 
@@ -167,7 +165,7 @@ struct Bf16Products {
   // Transposed tiles a, b -> [word part i][n][16 pairs (a, b)].
   template <int kWords>
   static void expand(const std::byte* a, const std::byte* b, std::byte* dst) {
-    expand_lanes<V, kWords, 64, kTileBytes>(a, b, dst);
+    for (int row = 0; row < kTileBytes; row += 64) expand_lanes<V, kWords, kTileBytes>(a + row, b + row, dst + row);
   }
 
   static void outer_rows(RowSource q, int m, std::ptrdiff_t column, std::byte* dst) {

@@ -3,8 +3,8 @@
 // Levels with kInOrder read them as they lie there, one tile of a k-step after the other, and the hardware asks for them ahead unless the
 // instructions on each line keep it from looking far enough (kSlow: formats that are unpacked, and from kAskRows rows on all). Others read
 // two tiles beside each other and always ask, into the L2: an L1 of Intel's has too few misses at a time for one core to fill its share of
-// the bandwidth. Every line must be asked for, rows of scales too: one that is missed waits for memory alone. Include inside the namespace
-// of a level, after Vec.
+// the bandwidth. Every line must be asked for, rows of scales too: one that is missed waits for memory alone.
+// Include inside the namespace of a level, after Vec.
 
 template <class V, bool kSlow, int kDistance = V::kAhead>
 inline __attribute__((always_inline)) void ask_ahead(const std::byte* at) {
