@@ -118,8 +118,9 @@ class BaseMoEWrapper(PackedWeights):
         if source.kind == self._row.published:
             return source.formats
         if self._row.published and source.kind != "bf16":
+            path = self.weight_path or "the checkpoint"
             raise WeightFileError(
-                f"{self.weight_path}, layer {self.layer_idx}: holds {source.kind} experts, which method {self.method} "
+                f"{path}, layer {self.layer_idx}: holds {source.kind} experts, which method {self.method} "
                 f"does not read; method {method_for(source.kind, self.mode)} does"
             )
         return self._own_formats()

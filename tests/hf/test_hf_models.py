@@ -225,17 +225,6 @@ def test_dense_model_is_refused(tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
-def test_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
-    import json
-
-    folder = make_checkpoint("qwen3_moe", tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"quantised already .*'fp8'"):
-        from_pretrained(folder)
-
-
 def test_method_errors(checkpoint: Checkpoint) -> None:
     with pytest.raises(ValueError, match="Unknown method: 'AMXINT9'"):
         KTMoEConfig("AMXINT9")

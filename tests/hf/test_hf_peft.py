@@ -57,6 +57,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 def test_gradients_equal_dense_peft(checkpoint: Checkpoint, routing: Any, family: str) -> None:
     """What is not an expert runs in fp32: two bf16 models differ more in their attention than in their experts."""
     ids = tokens(4, 32)
+    torch.manual_seed(3)  # PEFT draws every A: one run in many has a gradient so small that bf16's noise shows
     ours = get_peft_model(from_pretrained(checkpoint(family), dtype=torch.float32), lora_config(r=4, alpha=8))
     randomize_lora(ours)
     plain = get_peft_model(dense(checkpoint(family)).float(), lora_config(r=4, alpha=8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import shutil
@@ -12,7 +11,8 @@ from pathlib import Path
 from ktmoe import cache
 from ktmoe.errors import WeightFileError
 from ktmoe.hf.experts import KTExperts
-from ktmoe.hf.streaming import Plan, TensorSource, read_expert, roles_of
+from ktmoe.hf.experts_on_disk import ExpertsOnDisk
+from ktmoe.hf.streaming import roles_of
 from ktmoe.io.fingerprint import fingerprint, folder_fingerprint
 from ktmoe.io.packed_dir import packed_file_of, read_packed_index
 from ktmoe.io.packed_file import PackedInfo, layer_file
@@ -23,21 +23,24 @@ _log = logging.getLogger("ktmoe")
 
 
 def fill_layers(
-    layers: Sequence[KTExperts], plan: Plan, source: TensorSource, kept: ExpertCache | None, progress: Progress
+    layers: Sequence[KTExperts], experts: ExpertsOnDisk, kept: ExpertCache | None, progress: Progress
 ) -> None:
     """Loads every layer. progress: called once per expert with the bytes read for it.
 
     MemoryError before any work if what must be held in memory clearly does not fit.
     """
+    for layer in layers:
+        with experts.open(layer.spec) as source:
+            layer.backend.adopt_formats(source)
     missing = [layer for layer in layers if kept is None or not kept.map(layer, progress)]
     if kept is not None and missing and not kept.has_room(missing):
         kept = None
     if kept is None and missing:
         check_memory(_packed_bytes(missing), f"{len(missing)} layers of experts")
     for layer in missing:
-        read = functools.partial(read_expert, layer.spec, plan, source)
-        if kept is None or not kept.fill(layer, read, progress):
-            layer.backend.load_experts(read, progress=progress)
+        with experts.open(layer.spec) as source:
+            if kept is None or not kept.fill(layer, source.read_expert, progress):
+                layer.backend.load_experts(source.read_expert, progress=progress)
 
 
 def map_folder(layers: Sequence[KTExperts], folder: str, files: Sequence[Path]) -> None:
@@ -55,17 +58,17 @@ def map_folder(layers: Sequence[KTExperts], folder: str, files: Sequence[Path]) 
 class ExpertCache:
     """The packed layers of one model in one method. What goes wrong while writing is one warning, and no cache."""
 
-    def __init__(self, folder: Path, source: str, plan: Plan) -> None:
+    def __init__(self, folder: Path, source: str, experts: ExpertsOnDisk) -> None:
         self._folder = folder
         self._source = source
-        self._plan = plan
+        self._experts = experts
         self._writable = True
 
     @classmethod
-    def open(cls, files: Sequence[Path], method: str, plan: Plan) -> ExpertCache | None:
-        """The cache of the model in `files`, whose experts are where `plan` says; None if the cache is off."""
+    def open(cls, files: Sequence[Path], method: str, experts: ExpertsOnDisk) -> ExpertCache | None:
+        """The cache of the model in `files`, whose experts are `experts`; None if the cache is off."""
         folder = cache.entry_folder(files, method)
-        return None if folder is None else cls(folder, fingerprint(files), plan)
+        return None if folder is None else cls(folder, fingerprint(files), experts)
 
     def map(self, layer: KTExperts, progress: Progress) -> bool:
         """True if the layer was there, and is mapped now."""
@@ -109,9 +112,9 @@ class ExpertCache:
         return str(self._folder / layer_file(layer.spec.layer_idx))
 
     def _info(self, layer: KTExperts) -> PackedInfo:
-        # The plan counts as well: with another conversion table other tensors of the same files would be read.
-        pieces = repr(sorted(self._plan[layer.spec.name].items()))
-        source = hashlib.sha256(f"{self._source} {pieces}".encode()).hexdigest()[:32]
+        # With another conversion table other tensors of the same files would be read.
+        identity = self._experts.identity(layer.spec)
+        source = hashlib.sha256(f"{self._source} {identity}".encode()).hexdigest()[:32]
         info: PackedInfo = layer.backend.packed_info(layer.spec.n_experts, source)
         return info
 

@@ -29,6 +29,7 @@ class KTMoEConfig(QuantizationConfigMixin):
     chunked_prefill_size: longer inputs are computed in chunks of this many tokens.
     cache: keep the packed experts in ktmoe's cache, and map them at the next start (KTMOE_CACHE=off turns it off, too).
     packed: a folder that `ktmoe quantize` has made of this model; its experts are mapped and not read.
+    checkpoint: the quantization_config of a checkpoint that is quantised already; `from_pretrained` finds it.
 
     Raises ValueError for an unknown method or a number out of range, NotImplementedError for a method to come.
     """
@@ -41,6 +42,7 @@ class KTMoEConfig(QuantizationConfigMixin):
         chunked_prefill_size: int = DEFAULT_CHUNK,
         cache: bool = True,
         packed: str | os.PathLike[str] | None = None,
+        checkpoint: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         # A config read back from JSON carries its own name.
@@ -62,6 +64,7 @@ class KTMoEConfig(QuantizationConfigMixin):
         self.chunked_prefill_size = chunked_prefill_size
         self.cache = bool(cache)
         self.packed = None if packed is None else os.fspath(packed)
+        self.checkpoint = checkpoint
 
 
 def check_method(method: str) -> None:

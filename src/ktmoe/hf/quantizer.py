@@ -2,6 +2,7 @@
 
 transformers never reads a tensor for which the model has no parameter, so the bf16 experts are not in RAM at any time
 except for the one that is being packed and the next one. At the second start they come packed out of the cache.
+A checkpoint may be quantised already: its experts are read as they were published, what is beside them becomes floats.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from ktmoe.hf.cached import ExpertCache, fill_layers, map_folder
 from ktmoe.hf.checkpoint import CheckpointFiles
 from ktmoe.hf.config import QUANT_METHOD, KTMoEConfig
 from ktmoe.hf.experts import KTExperts
-from ktmoe.hf.streaming import plan_checkpoint
+from ktmoe.hf.experts_on_disk import ExpertsOnDisk, PlainExperts, QuantisedExperts
+from ktmoe.hf.quantised import floats_beside_experts
 from ktmoe.hf.structure import ExpertsSpec, find_experts
 
 
@@ -30,8 +33,8 @@ class KTMoEQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: KTMoEConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        # The config says how to hold experts; the checkpoint itself is never in our packed form.
-        self.pre_quantized = False
+        # The checkpoint, which is never in our packed form. The loader then leaves dtypes to our conversions.
+        self.pre_quantized = quantization_config.checkpoint is not None
         self._files: list[Path] = []
         self._conversions: list[Any] = []
 
@@ -48,7 +51,8 @@ class KTMoEQuantizer(HfQuantizer):
         for spec in specs:
             _replace_module(model, spec.name, KTExperts(spec, self.quantization_config))
         # Their checkpoint names have no parameter any more; that is not worth a warning.
-        ignored = {_unexpected_pattern(spec, str(model.base_model_prefix)) for spec in specs}
+        prefix, all_of_it = str(model.base_model_prefix), self.pre_quantized
+        ignored = {_unexpected_pattern(spec, prefix, all_of_it) for spec in specs}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
         peft_bridge.install()
         return model
@@ -56,7 +60,7 @@ class KTMoEQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Called with the table that the loader will use (the user's ``key_mapping`` included): remembered for us."""
         self._conversions = super().update_weight_conversions(weight_conversions, model)
-        return self._conversions
+        return self._conversions + floats_beside_experts(self, self.quantization_config.checkpoint)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from transformers.utils import logging
@@ -67,12 +71,17 @@ class KTMoEQuantizer(HfQuantizer):
             map_folder(layers, config.packed, self._files)
             return model
         specs = [layer.spec for layer in layers]
-        with CheckpointFiles(self._files) as source:
-            plan = plan_checkpoint(source.keys(), specs, self._conversions, str(model.base_model_prefix))
-            kept = ExpertCache.open(self._files, config.method, plan) if config.cache else None
+        with ExitStack() as stack:
+            experts: ExpertsOnDisk
+            if self.pre_quantized:
+                experts = QuantisedExperts(self._files[0].parent)
+            else:
+                files = stack.enter_context(CheckpointFiles(self._files))
+                experts = PlainExperts(files, specs, self._conversions, str(model.base_model_prefix))
+            kept = ExpertCache.open(self._files, config.method, experts) if config.cache else None
             desc = f"Packing experts ({config.method})"
             with logging.tqdm(total=sum(spec.n_experts for spec in specs), desc=desc, unit="expert") as bar:
-                fill_layers(layers, plan, source, kept, _Speed(bar))
+                fill_layers(layers, experts, kept, _Speed(bar))
         unfilled = [layer.spec.name for layer in layers if not layer.backend.loaded]
         if unfilled:
             raise RuntimeError(f"Weights not loaded: {', '.join(unfilled)}")
@@ -114,7 +123,8 @@ def _replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def _unexpected_pattern(spec: ExpertsSpec, base_model_prefix: str) -> str:
-    """A regex for the names of this module's parameters, with or without the base model's prefix."""
+def _unexpected_pattern(spec: ExpertsSpec, base_model_prefix: str, all_of_it: bool) -> str:
+    """A regex for names of this module's parameters, or all of its tensors, with or without the base model's prefix."""
     name = spec.name.removeprefix(f"{base_model_prefix}.")
-    return rf"(^|\.){re.escape(name)}\.({'|'.join((*spec.stacks, *spec.biases))})$"
+    tensors = "" if all_of_it else f"({'|'.join((*spec.stacks, *spec.biases))})$"
+    return rf"(^|\.){re.escape(name)}\.{tensors}"

@@ -7,8 +7,8 @@ Layouts, recognised by their tensor names under any prefix:
         with {gate_up_proj,down_proj}_bias                       GPT-OSS: [E, hidden, 2*inter], gate and up alternating
                                                                  in the last dimension, and [E, inter, hidden]
 Experts without a gate (Nemotron-H) have up and down alone. Biases of separate experts end in ".bias".
-Quantised weights have more tensors: "weight_packed", "weight_scale", ... of an expert, "gate_up_proj_scale_inv", ... of
-a fused stack. They are found here and read in `compressed_tensors` and `fp8`.
+Quantised weights have more tensors: "weight_packed", "weight_scale", ... of an expert, "gate_up_proj_scale_inv",
+"gate_up_proj_blocks", ... of a fused stack. They are found here and read in `compressed_tensors`, `fp8` and `mxfp4`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _BESIDE = re.compile(
     r"\.weight_(?P<suffix>packed|scale|scale_inv|shape|zero_point|g_idx)"
 )
 _FUSED_SCALE = re.compile(_STEM + r"(?P<role>gate_up_proj|down_proj)(?:\.weight)?_scale(?:_inv)?")
+_MXFP4 = re.compile(_STEM + r"(?P<part>(?:gate_up_proj|down_proj)_(?:blocks|scales))")
 _FUSED = re.compile(_STEM + r"(?P<role>(?:gate_up_proj|up_proj|down_proj)(?:_bias)?)(?:\.weight)?")
 _ANY = re.compile(_STEM + r".*")
 
@@ -54,6 +55,12 @@ class Group:
     """For "gate_up_proj" and "down_proj": the name of the stack."""
     fused_scales: dict[str, str] = field(default_factory=dict)
     """As `fused`: the name of its scales."""
+    mxfp4: dict[str, str] = field(default_factory=dict)
+    """For "gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks" and "down_proj_scales": their names."""
+
+    def holds_weights(self) -> bool:
+        """False: there are only scales and the like."""
+        return bool(self.separate or self.biases or self.fused or self.mxfp4 or "packed" in self.beside)
 
 
 class ExpertSource(Source):
@@ -162,7 +169,7 @@ def _count_fused(folder: SafetensorsDir, group: Group, where: str, first: str) -
 def find_group(folder: SafetensorsDir, layer: int) -> Group:
     """The expert tensors of `layer`. WeightFileError if the folder has none or several candidates."""
     groups = dict(_groups(_Names(folder.shards)).get(layer, {}))
-    groups = {stem: g for stem, g in groups.items() if g.separate or g.biases or g.fused or "packed" in g.beside}
+    groups = {stem: g for stem, g in groups.items() if g.holds_weights()}
     if len(groups) > 1:
         # Multi-token-prediction heads number their own layers from 0.
         groups = {stem: g for stem, g in groups.items() if "mtp" not in stem.split(".")}
@@ -198,7 +205,7 @@ def _groups(names: _Names) -> dict[int, dict[str, Group]]:
     layers: dict[int, dict[str, Group]] = {}
     for name in names.shards:
         match = _SEPARATE.fullmatch(name) or _FUSED.fullmatch(name) or _BESIDE.fullmatch(name)
-        match = match or _FUSED_SCALE.fullmatch(name)
+        match = match or _FUSED_SCALE.fullmatch(name) or _MXFP4.fullmatch(name)
         if not match:
             continue
         group = layers.setdefault(int(match["layer"]), {}).setdefault(match["stem"], Group())
@@ -206,6 +213,8 @@ def _groups(names: _Names) -> dict[int, dict[str, Group]]:
             group.fused[match["role"]] = name
         elif match.re is _FUSED_SCALE:
             group.fused_scales[match["role"]] = name
+        elif match.re is _MXFP4:
+            group.mxfp4[match["part"]] = name
         else:
             if match.re is _BESIDE:
                 same = group.beside.setdefault(match["suffix"], {})

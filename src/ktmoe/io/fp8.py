@@ -105,6 +105,14 @@ class Fp8Source(Source):
         )
 
 
+def fp8_matrix(codes: Tensor, scales: Tensor) -> PublishedMatrix:
+    """A matrix from its bits, uint8 [n, k], and scales in any of the forms above. ValueError if these do not fit."""
+    n, k = codes.shape
+    if _form(tuple(scales.shape), n, k) is None:
+        raise ValueError(f"got FP8 scales of shape {list(scales.shape)}, which do not fit a matrix {[n, k]}")
+    return _matrix(codes, _per_row(scales, n, k))
+
+
 def _matrix(codes: Tensor, scales: Tensor) -> PublishedMatrix:
     return PublishedMatrix("fp8", (codes, scales), (codes.shape[0], codes.shape[1]))
 

@@ -7,6 +7,7 @@ from .compressed_tensors import CompressedTensorsSource
 from .experts import ExpertSource, find_group
 from .fp8 import Fp8Source, is_fp8
 from .gguf_file import GgufSource, is_gguf
+from .mxfp4 import Mxfp4Source
 from .safetensors_dir import SafetensorsDir
 from .source import Source
 
@@ -26,6 +27,8 @@ def open_source(
     folder = SafetensorsDir(path)
     try:
         group = find_group(folder, layer)
+        if group.mxfp4:
+            return Mxfp4Source(folder, group, layer, hidden, inter)
         quantised = "packed" in group.beside or is_fp8(folder, group)
         if quantised:
             _need_gates(gated and not group.biases, f"{path}, layer {layer}", "quantised")
