@@ -335,3 +335,18 @@ def test_packing_needs_little_memory(model: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(packing, "read_ahead", spy)
     invoke("quantize", model, "-o", tmp_path / "packed")
     assert held == [1] * (len(LAYERS) * SHAPE.experts)
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "gpt_oss"])
+@pytest.mark.parametrize("method", ["AMXINT4", "BF16"])
+def test_experts_without_a_gate_or_with_biases(tmp_path: Path, family: str, method: str) -> None:
+    from hf.tiny_models import tokens
+
+    from ktmoe.hf import from_pretrained
+
+    folder, packed = make_checkpoint(family, tmp_path / "model"), tmp_path / "packed"
+    invoke("quantize", folder, "-m", method, "-o", packed)
+    invoke("verify", packed)
+    with torch.no_grad():
+        expected = from_pretrained(folder, method, cache=False)(tokens()).logits
+        assert torch.equal(from_pretrained(folder, method, packed=packed)(tokens()).logits, expected)

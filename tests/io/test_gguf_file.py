@@ -65,6 +65,41 @@ def test_floats_become_bf16(tmp_path, kind, layout) -> None:
             assert torch.equal(matrix.parts[0], decoded(stack, 1).bfloat16())
 
 
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("layout", ["stacks", "fused"])
+def test_biases(tmp_path, layout, kind) -> None:
+    stacks = files.random_stacks(("Q8_0",) * 3, E, HIDDEN, INTER)
+    tensors = LAYOUTS[layout](stacks, LAYER)
+    rng = np.random.default_rng(1)
+    roles = {"gate": INTER, "up": INTER} if layout == "stacks" else {"gate_up": 2 * INTER}
+    roles["down"] = HIDDEN
+    made = {role: files.random_rows(kind, (E, n), rng) for role, n in roles.items()}
+    tensors |= {f"blk.{LAYER}.ffn_{role}_exps.bias": (kind, rows) for role, rows in made.items()}
+    values = {role: torch.from_numpy(files.decode(kind, rows).copy()) for role, rows in made.items()}
+    if layout == "fused":
+        values["gate"], values["up"] = values.pop("gate_up").chunk(2, 1)
+    with source(files.write(tmp_path / "m.gguf", tensors)) as opened:
+        for e in range(E):
+            got = opened.biases(e)
+            assert got.keys() == {"gate_bias", "up_bias", "down_bias"}
+            assert all(torch.equal(bias, values[name.removesuffix("_bias")][e]) for name, bias in got.items())
+
+
+@pytest.mark.parametrize("layout", ["stacks", "old"])
+def test_without_a_gate(tmp_path, layout) -> None:
+    path, stacks = checkpoint(tmp_path, ("Q4_K", "Q4_K", "Q8_0"), layout)
+    with pytest.raises(WeightFileError, match=r"ffn_gate\S* is a gate, but the layer has experts without one"):
+        GgufSource(str(path), LAYER, HIDDEN, INTER, gated=False)
+    tensors = {n: t for n, t in LAYOUTS[layout](stacks, LAYER).items() if "gate" not in n}
+    with GgufSource(str(files.write(tmp_path / "n.gguf", tensors)), LAYER, HIDDEN, INTER, gated=False) as opened:
+        assert (opened.n_experts, opened.formats) == (E, ("q4_k", "q8_0"))
+        for e in range(E):
+            gate, up, down = opened.read(e)
+            assert gate is None
+            assert torch.equal(dequantize(up), decoded(stacks[1], e))
+            assert torch.equal(dequantize(down), decoded(stacks[2], e))
+
+
 @pytest.mark.parametrize("kind", OTHER)
 def test_other_types_become_q8_0(tmp_path, kind) -> None:
     path, stacks = checkpoint(tmp_path, (kind,) * 3)
@@ -227,12 +262,22 @@ BAD = {
         change(ffn_down_exps=("I8", np.zeros((E, HIDDEN, INTER), np.uint8))),
         "ffn_down_exps.weight': got I8, which the package gguf cannot decode",
     ),
-    "bias": (
+    "bias of another size": (
         "stacks",
-        lambda t: t | {"blk.3.ffn_up_exps.bias": zeros("F32", E, INTER)},
-        "ffn_up_exps.bias': a bias of",
+        lambda t: t | {"blk.3.ffn_up_exps.bias": zeros("F32", E, HIDDEN)},
+        r"ffn_up_exps.bias': got shape \[3, 256\], expected \[3, 512\]",
     ),
-    "scale": ("stacks", lambda t: t | {"blk.3.ffn_up_exps.scale": zeros("F32", E)}, "ffn_up_exps.scale': a scale of"),
+    "quantised bias": (
+        "stacks",
+        lambda t: t | {"blk.3.ffn_up_exps.bias": zeros("Q8_0", E, INTER)},
+        "ffn_up_exps.bias': got Q8_0, expected one of F32, F16, BF16",
+    ),
+    "bias of a single expert": (
+        "old",
+        lambda t: t | {"blk.3.ffn_up.0.bias": zeros("F32", INTER)},
+        "ffn_up.0.bias': a bias like this",
+    ),
+    "scale": ("stacks", lambda t: t | {"blk.3.ffn_up_exps.scale": zeros("F32", E)}, "ffn_up_exps.scale': a scale like"),
     "fused without down": ("fused", change(ffn_down_exps=None), "there is no ffn_down_exps.weight"),
     "fused of another size": (
         "fused",

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf_files
+import published_files
 import pytest
 import torch
 import torch_oracle as ref
@@ -17,10 +19,10 @@ Tensors = dict[str, torch.Tensor]
 GATE, UP, DOWN = ref.weights(SHAPE)
 
 
-def biases() -> Tensors:
+def biases(shape: ref.Shape = SHAPE) -> Tensors:
     g = torch.Generator().manual_seed(5)
-    sizes = {"gate_bias": SHAPE.inter, "up_bias": SHAPE.inter, "down_bias": SHAPE.hidden}
-    return {name: torch.randn(SHAPE.experts, n, generator=g).bfloat16() for name, n in sizes.items()}
+    sizes = {"gate_bias": shape.inter, "up_bias": shape.inter, "down_bias": shape.hidden}
+    return {name: torch.randn(shape.experts, n, generator=g).bfloat16() for name, n in sizes.items()}
 
 
 def gpt_oss() -> Tensors:
@@ -96,6 +98,69 @@ def test_without_a_gate(tmp_path: Path, method: str, layout: Callable[[], Tensor
     want = ref.make(SHAPE, method, activation="relu2")
     want.load_weights_from_tensors(None, UP, DOWN)
     assert torch.equal(run(loaded_from(tmp_path, layout(), method, activation="relu2")), run(want))
+
+
+# --- quantised files ------------------------------------------------------------------------------------------------
+def quantised(kind: str, folder: Path, gated: bool, biased: bool) -> tuple[Path, ref.Shape, tuple[torch.Tensor, ...]]:
+    """A file of random experts, its shape, and the floats that it stands for."""
+    shape = ref.Shape(hidden=64, inter=96)
+    stacks = tuple(torch.zeros_like(w) for w in ref.weights(shape))
+    if kind == "int4":
+        tensors, values = published_files.int4_tensors(stacks, LAYER, 32)
+    elif kind == "fp8":
+        tensors, values = published_files.fp8_tensors(stacks, LAYER, "blocks")
+    else:
+        made = gguf_files.random_stacks(("Q8_0",) * 3, shape.experts, shape.hidden, shape.inter)
+        content = gguf_files.layer_tensors(made, LAYER)
+        if biased:
+            rows = {role.removesuffix("_bias"): b.float().numpy().view("uint8") for role, b in biases(shape).items()}
+            content |= {f"blk.{LAYER}.ffn_{role}_exps.bias": ("F32", b) for role, b in rows.items()}
+        content = {name: t for name, t in content.items() if gated or "gate" not in name}
+        values = tuple(torch.from_numpy(gguf_files.decode(*stack).copy()) for stack in made)
+        return gguf_files.write(folder / "model.gguf", content), shape, values
+    if biased:
+        tensors |= {f"{E}.{e}.{name[:-5]}_proj.bias": b[e] for name, b in biases(shape).items() for e in range(len(b))}
+    kept = {name: t.contiguous() for name, t in tensors.items() if gated or "gate" not in name}
+    return save_sharded(folder, kept), shape, values
+
+
+@pytest.mark.parametrize("method", ["native", "BF16"])
+@pytest.mark.parametrize("biased", [True, False], ids=["biases", "none"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
+@pytest.mark.parametrize(("kind", "native"), [("int4", "RAWINT4"), ("fp8", "FP8_SFT"), ("gguf", "LLAMAFILE")])
+def test_quantised_experts_of_every_shape(
+    tmp_path: Path, kind: str, native: str, gated: bool, biased: bool, method: str
+) -> None:
+    """A file gives what tensors of its values and biases give, bit for bit with BF16."""
+    path, shape, (gate, up, down) = quantised(kind, tmp_path, gated, biased)
+    options = {"activation": "silu" if gated else "relu2"}
+    wrapper = ref.make(shape, native if method == "native" else method, weight_path=str(path), **options)
+    wrapper.load_weights()
+    own = {name: b for name, b in biases(shape).items() if biased and (gated or "gate" not in name)}
+    want = ref.make(shape, "BF16", **options)
+    want.load_weights_from_tensors(gate.bfloat16() if gated else None, up.bfloat16(), down.bfloat16(), **own)
+    inputs = ref.batch(shape, 5)
+    expected = want.forward(*inputs)
+    got = wrapper.forward(*inputs, *([False] if wrapper.mode == "sft" else []))
+    if method == "BF16":
+        assert torch.equal(got, expected)
+    assert (got - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_fused_fp8_without_a_gate(tmp_path: Path) -> None:
+    shape = ref.Shape(hidden=64, inter=96)
+    g = torch.Generator().manual_seed(3)
+    made = {}
+    for name, n, k in (("up_proj", shape.inter, shape.hidden), ("down_proj", shape.hidden, shape.inter)):
+        made[f"{E}.{name}"] = published_files.fp8_codes((shape.experts, n, k), g)
+        made[f"{E}.{name}_scale_inv"] = torch.rand(shape.experts, 1, 1, generator=g) / 1000 + 0.001
+    wrapper = ref.make(shape, "BF16", weight_path=save_sharded(tmp_path, made), activation="relu2")
+    wrapper.load_weights()
+    want = ref.make(shape, "BF16", activation="relu2")
+    up, down = ((made[f"{E}.{n}"].float() * made[f"{E}.{n}_scale_inv"]).bfloat16() for n in ("up_proj", "down_proj"))
+    want.load_weights_from_tensors(None, up, down)
+    inputs = ref.batch(shape, 5)
+    assert torch.equal(wrapper.forward(*inputs), want.forward(*inputs))
 
 
 def without(tensors: Tensors, *names: str) -> Tensors:

@@ -80,7 +80,7 @@ class PackedModel:
             pack_layer(wrapper.packer(), source.read_expert, info, self._path(layer), bar.step, biases=biases)
 
     def _open(self, layer: int) -> Source:
-        return open_source(self._source, layer, self._shape.hidden, self._shape.inter)
+        return open_source(self._source, layer, self._shape.hidden, self._shape.inter, gated=self._shape.gated)
 
     def _count(self, layer: int) -> int:
         with self._open(layer) as source:
@@ -100,6 +100,7 @@ class PackedModel:
             weight_path=self._source,
             method=self._method,
             mode=METHODS[self._method].mode,
+            activation="silu" if self._shape.gated else "relu2",  # packed bytes do not depend on more
         )
         with self._open(layer) as source:
             wrapper.adopt_formats(source)

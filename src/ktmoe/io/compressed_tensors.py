@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightFileError
-from .experts import PROJECTIONS, Group, count_experts
+from .experts import Group, count_experts, roles_of, separate_biases
 from .published import PublishedMatrix, blocks_along
 from .safetensors_dir import SafetensorsDir
 from .source import Source
@@ -32,29 +32,38 @@ class CompressedTensorsSource(Source):
 
     kind = "int4"
 
-    def __init__(self, folder: SafetensorsDir, group: Group, layer: int, hidden: int, inter: int) -> None:
+    def __init__(
+        self, folder: SafetensorsDir, group: Group, layer: int, hidden: int, inter: int, gated: bool = True
+    ) -> None:
         self._folder = folder
         self._group = group
+        self._hidden, self._inter = hidden, inter
+        self._gated = gated
         self._shapes = {"gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter)}
         self._refuse_what_is_not_built()
-        self.n_experts = count_experts(folder, group, layer)
-        self._groups = {p: self._group_size(0, p) for p in PROJECTIONS}
-        if self._groups["gate"] != self._groups["up"]:
+        self.n_experts = count_experts(folder, group, layer, gated)
+        self._groups = {p: self._group_size(0, p) for p in roles_of(gated)}
+        if gated and self._groups["gate"] != self._groups["up"]:
             raise WeightFileError(
                 f"{folder.folder}, layer {layer}: gate has groups of {self._groups['gate']} and up of "
                 f"{self._groups['up']} weights, expected the same"
             )
         self._zero = "z" if "zero_point" in group.beside else ""
-        self.formats = (f"int4_g{self._groups['gate']}{self._zero}", f"int4_g{self._groups['down']}{self._zero}")
+        self.formats = (f"int4_g{self._groups['up']}{self._zero}", f"int4_g{self._groups['down']}{self._zero}")
         """Formats of gate/up and of down."""
 
     def close(self) -> None:
         """Closes the files."""
         self._folder.close()
 
-    def read(self, expert: int) -> tuple[PublishedMatrix, ...]:
-        """gate, up [inter, hidden] and down [hidden, inter] of one expert."""
-        return tuple(self._matrix(expert, projection) for projection in PROJECTIONS)
+    def read(self, expert: int) -> tuple[PublishedMatrix | None, ...]:
+        """gate (None without one), up [inter, hidden] and down [hidden, inter] of one expert."""
+        gate = self._matrix(expert, "gate") if self._gated else None
+        return gate, self._matrix(expert, "up"), self._matrix(expert, "down")
+
+    def biases(self, expert: int) -> dict[str, Tensor]:
+        """See `Source`."""
+        return separate_biases(self._folder, self._group, expert, self._hidden, self._inter)
 
     def _refuse_what_is_not_built(self) -> None:
         if names := self._group.beside.get("g_idx"):

@@ -35,7 +35,7 @@ _BESIDE = re.compile(
     _STEM + r"(?P<expert>[0-9]{1,6})\.(?P<role>gate_proj|up_proj|down_proj|w1|w2|w3)"
     r"\.weight_(?P<suffix>packed|scale|scale_inv|shape|zero_point|g_idx)"
 )
-_FUSED_SCALE = re.compile(_STEM + r"(?P<role>gate_up_proj|down_proj)(?:\.weight)?_scale(?:_inv)?")
+_FUSED_SCALE = re.compile(_STEM + r"(?P<role>gate_up_proj|up_proj|down_proj)(?:\.weight)?_scale(?:_inv)?")
 _MXFP4 = re.compile(_STEM + r"(?P<part>(?:gate_up_proj|down_proj)_(?:blocks|scales))")
 _FUSED = re.compile(_STEM + r"(?P<role>(?:gate_up_proj|up_proj|down_proj)(?:_bias)?)(?:\.weight)?")
 _ANY = re.compile(_STEM + r".*")
@@ -58,6 +58,11 @@ class Group:
     mxfp4: dict[str, str] = field(default_factory=dict)
     """For "gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks" and "down_proj_scales": their names."""
 
+    def gated(self) -> bool:
+        """False: the experts have up and down alone."""
+        separate = self.beside.get("packed") or self.separate
+        return bool(self.mxfp4) or "gate_up_proj" in self.fused or any(role == "gate" for _, role in separate)
+
     def holds_weights(self) -> bool:
         """False: there are only scales and the like."""
         return bool(self.separate or self.biases or self.fused or self.mxfp4 or "packed" in self.beside)
@@ -76,7 +81,7 @@ class ExpertSource(Source):
         self._group = group
         self._hidden = hidden
         self._inter = inter
-        self._roles = PROJECTIONS if gated else PROJECTIONS[1:]
+        self._roles = roles_of(gated)
         self._first = "gate_up_proj" if gated else "up_proj"
         self.n_experts = count_experts(folder, group, layer, gated)
         """Experts that the files hold for this layer."""
@@ -128,15 +133,25 @@ class ExpertSource(Source):
             down = self._folder.read(fused["down_proj_bias"], (n, h), expert).float()
             gate, up = self._split(first)
             return ({} if gate is None else {"gate_bias": gate}) | {"up_bias": up, "down_bias": down}
-        sizes = {"gate": i, "up": i, "down": h}
-        names = {role: self._group.biases.get((expert, role)) for role in self._roles}
-        return {f"{role}_bias": self._folder.read(name, (sizes[role],)).float() for role, name in names.items() if name}
+        return separate_biases(self._folder, self._group, expert, h, i)
+
+
+def roles_of(gated: bool) -> tuple[str, ...]:
+    """The projections of an expert."""
+    return PROJECTIONS if gated else PROJECTIONS[1:]
+
+
+def separate_biases(folder: SafetensorsDir, group: Group, expert: int, hidden: int, inter: int) -> dict[str, Tensor]:
+    """The ".bias" tensors of one expert, as `Source.biases` gives them."""
+    sizes = {"gate": inter, "up": inter, "down": hidden}
+    names = {role: group.biases.get((expert, role)) for role in PROJECTIONS}
+    return {f"{role}_bias": folder.read(name, (sizes[role],)).float() for role, name in names.items() if name}
 
 
 def count_experts(folder: SafetensorsDir, group: Group, layer: int, gated: bool = True) -> int:
     """Experts of a group. WeightFileError if there are gaps among the weights, or gates where there should be none."""
     where = f"{folder.folder}, layer {layer}"
-    roles = PROJECTIONS if gated else PROJECTIONS[1:]
+    roles = roles_of(gated)
     if group.fused:
         return _count_fused(folder, group, where, "gate_up_proj" if gated else "up_proj")
     weights = group.beside.get("packed") or group.separate

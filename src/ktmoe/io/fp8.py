@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightFileError
-from .experts import PROJECTIONS, Group, count_experts
+from .experts import Group, count_experts, separate_biases
 from .published import FP8_BLOCK, PublishedMatrix, blocks_along, expand_rows
 from .safetensors_dir import SafetensorsDir
 from .safetensors_file import FLOAT_DTYPES
@@ -33,7 +33,7 @@ def is_fp8(folder: SafetensorsDir, group: Group) -> bool:
         name = group.fused.get("down_proj") if group.fused_scales else None
     else:
         scaled = group.beside.get("scale_inv") or group.beside.get("scale")
-        name = group.separate.get((0, "gate")) if scaled else None
+        name = group.separate.get((0, "up")) if scaled else None
     return name is not None and folder.entry(name).dtype == "F8_E4M3"
 
 
@@ -43,28 +43,36 @@ class Fp8Source(Source):
     kind = "fp8"
     formats = ("fp8", "fp8")
 
-    def __init__(self, folder: SafetensorsDir, group: Group, layer: int, hidden: int, inter: int) -> None:
+    def __init__(
+        self, folder: SafetensorsDir, group: Group, layer: int, hidden: int, inter: int, gated: bool = True
+    ) -> None:
         self._folder = folder
         self._group = group
         self._hidden, self._inter = hidden, inter
-        self.n_experts = count_experts(folder, group, layer)
+        self._gated = gated
+        self.n_experts = count_experts(folder, group, layer, gated)
+        if group.fused.keys() & {f"{role}_bias" for role in ("gate_up_proj", "up_proj", "down_proj")}:
+            raise WeightFileError(f"{folder.folder}, layer {layer}: fused FP8 experts with biases are not read")
 
     def close(self) -> None:
         """Closes the files."""
         self._folder.close()
 
-    def read(self, expert: int) -> tuple[PublishedMatrix, ...]:
-        """gate, up [inter, hidden] and down [hidden, inter] of one expert."""
+    def read(self, expert: int) -> tuple[PublishedMatrix | None, ...]:
+        """gate (None without one), up [inter, hidden] and down [hidden, inter] of one expert."""
         h, i = self._hidden, self._inter
-        if self._group.fused:
-            codes, scales = self._fused("gate_up_proj", expert, 2 * i, h)
-            down = self._fused("down_proj", expert, h, i)
-            return _matrix(codes[:i], scales[:i]), _matrix(codes[i:], scales[i:]), _matrix(*down)
-        shapes = ((i, h), (i, h), (h, i))
-        return tuple(
-            _matrix(*self._separate(expert, projection, n, k))
-            for projection, (n, k) in zip(PROJECTIONS, shapes, strict=True)
-        )
+        if not self._group.fused:
+            gate = _matrix(*self._separate(expert, "gate", i, h)) if self._gated else None
+            return gate, _matrix(*self._separate(expert, "up", i, h)), _matrix(*self._separate(expert, "down", h, i))
+        down = _matrix(*self._fused("down_proj", expert, h, i))
+        if not self._gated:
+            return None, _matrix(*self._fused("up_proj", expert, i, h)), down
+        codes, scales = self._fused("gate_up_proj", expert, 2 * i, h)
+        return _matrix(codes[:i], scales[:i]), _matrix(codes[i:], scales[i:]), down
+
+    def biases(self, expert: int) -> dict[str, Tensor]:
+        """See `Source`."""
+        return separate_biases(self._folder, self._group, expert, self._hidden, self._inter)
 
     def _separate(self, expert: int, projection: str, n: int, k: int) -> tuple[Tensor, Tensor]:
         name = self._group.separate[expert, projection]

@@ -3,6 +3,8 @@
     blk.{L}.ffn_{gate,up,down}_exps.weight      stacks [E, n, k]
     blk.{L}.ffn_gate_up_exps.weight             gate above up, [E, 2*inter, hidden]
     blk.{L}.ffn_{gate,up,down}.{e}.weight       one by one, in old files
+    blk.{L}.ffn_{gate,up,down}_exps.bias        [E, n], floats
+Experts without a gate have up and down alone.
 
 Types that the engine computes with are passed on byte by byte. Others that the `gguf` package can decode become Q8_0,
 F16 and F32 become bf16. Gate and up share one format: where their types differ both become Q8_0, or bf16 if one of them
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightFileError
-from .experts import PROJECTIONS
+from .experts import roles_of
 from .gguf_header import GgufEntry, read_header, stamp_of
 from .gguf_types import FLOAT_TYPES, GGUF_TYPE_OF, can_dequantize, dequantize_rows, gguf
 from .index_json import open_regular
@@ -69,22 +71,26 @@ class GgufSource(Source):
 
     kind = "gguf"
 
-    def __init__(self, path: str, layer: int, hidden: int, inter: int) -> None:
+    def __init__(self, path: str, layer: int, hidden: int, inter: int, gated: bool = True) -> None:
         self._where = f"{path}, layer {layer}"
         self._hidden, self._inter = hidden, inter
         self._layer = layer
-        self._tensors, stamps = _tensors_of(_files_of(path), layer)
+        self._roles = roles_of(gated)
+        self._tensors, self._biases, stamps = _tensors_of(_files_of(path), layer)
+        if gates := [name for name in self._tensors | self._biases if not gated and ".ffn_gate" in name]:
+            raise WeightFileError(f"{self._where}: {gates[0]} is a gate, but the layer has experts without one")
         self._stacked = any("exps" in name for name in self._tensors)
         self.n_experts = self._count()
         """Experts that the files hold for this layer."""
         # A stack has one type; in old files every expert may have another.
         experts = range(1) if self._stacked else range(self.n_experts)
-        gate_up = {self._piece(e, p).type for e in experts for p in ("gate", "up")}
+        gate_up = {self._piece(e, p).type for e in experts for p in self._roles[:-1]}
         self.formats = (_common_format(gate_up), _common_format({self._piece(e, "down").type for e in experts}))
         """Formats of gate/up and of down."""
+        self._bias_names = self._find_biases()
         self._open: dict[str, int] = {}
         try:
-            for file in {file for file, _ in self._tensors.values()}:
+            for file in {file for file, _ in (*self._tensors.values(), *self._biases.values())}:
                 self._open[file] = open_regular(file)
                 if stamp_of(os.fstat(self._open[file])) != stamps[file]:
                     raise WeightFileError(f"{file}: changed while it was opened")
@@ -97,14 +103,23 @@ class GgufSource(Source):
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def read(self, expert: int) -> tuple[PublishedMatrix, ...]:
-        """gate, up [inter, hidden] and down [hidden, inter] of one expert, in `formats`."""
+    def read(self, expert: int) -> tuple[PublishedMatrix | None, ...]:
+        """gate (None without one), up [inter, hidden] and down [hidden, inter] of one expert, in `formats`."""
         gate_up, down = self.formats
+        gate = self._piece(expert, "gate") if "gate" in self._roles else None
         return (
-            self._matrix(self._piece(expert, "gate"), self._inter, self._hidden, gate_up),
+            None if gate is None else self._matrix(gate, self._inter, self._hidden, gate_up),
             self._matrix(self._piece(expert, "up"), self._inter, self._hidden, gate_up),
             self._matrix(self._piece(expert, "down"), self._hidden, self._inter, down),
         )
+
+    def biases(self, expert: int) -> dict[str, Tensor]:
+        """See `Source`."""
+        found = {}
+        for role, name in self._bias_names.items():
+            piece = self._slice(*self._biases[name], name, role, expert)
+            found[f"{role}_bias"] = self._pread(piece).view(_FLOAT_DTYPES[piece.type]).float()
+        return found
 
     # --- which tensor ---------------------------------------------------------------------------------------------
     def _count(self) -> int:
@@ -119,8 +134,8 @@ class GgufSource(Source):
             return entry.shape[0]
         count = 1 + max(int(name.split(".")[3]) for name in self._tensors)
         # The highest number comes from a name, that is from anybody: count the tensors before looking for each.
-        if len(self._tensors) != 3 * count:
-            pairs = ((e, p) for e in range(count) for p in PROJECTIONS)
+        if len(self._tensors) != len(self._roles) * count:
+            pairs = ((e, p) for e in range(count) for p in self._roles)
             expert, projection = next((e, p) for e, p in pairs if self._old_name(e, p) not in self._tensors)
             raise WeightFileError(f"{self._where}: expert {expert} has no {projection} weight")
         return count
@@ -145,11 +160,32 @@ class GgufSource(Source):
             self._check(file, name, entry, (n, k))
             return _Piece(file, name, entry.type, entry.offset, entry.nbytes)
         file, name, entry = self._stack(projection)
-        halves = 2 if "gate_up" in name else 1
-        self._check(file, name, entry, (self.n_experts, halves * n, k))
+        self._check(file, name, entry, (self.n_experts, _halves(name) * n, k))
+        return self._slice(file, entry, name, projection, expert)
+
+    def _slice(self, file: str, entry: GgufEntry, name: str, projection: str, expert: int) -> _Piece:
+        """What of a stack belongs to one projection of one expert."""
+        halves = _halves(name)
         nbytes = entry.nbytes // (self.n_experts * halves)
         half = 1 if halves == 2 and projection == "up" else 0
         return _Piece(file, name, entry.type, entry.offset + (expert * halves + half) * nbytes, nbytes)
+
+    def _find_biases(self) -> dict[str, str]:
+        """Projection -> the stack of biases that has its own."""
+        found = {}
+        for projection in self._roles:
+            own, fused = (f"blk.{self._layer}.ffn_{p}_exps.bias" for p in (projection, "gate_up"))
+            name = fused if projection != "down" and own not in self._biases else own
+            if name not in self._biases:
+                continue
+            file, entry = self._biases[name]
+            n = self._hidden if projection == "down" else self._inter
+            self._check(file, name, entry, (self.n_experts, _halves(name) * n))
+            if entry.type not in FLOAT_TYPES:
+                expected = ", ".join(FLOAT_TYPES)
+                raise WeightFileError(f"{file}: tensor {name!r}: got {entry.type}, expected one of {expected}")
+            found[projection] = name
+        return found
 
     def _check(self, file: str, name: str, entry: GgufEntry, shape: tuple[int, ...]) -> None:
         if entry.shape != shape:
@@ -182,6 +218,11 @@ class GgufSource(Source):
                 )
             done += count
         return result
+
+
+def _halves(name: str) -> int:
+    """2: the stack has gate above up."""
+    return 2 if "gate_up" in name else 1
 
 
 def _kind(name: str) -> Any:
@@ -226,13 +267,14 @@ def _files_of(path: str) -> list[str]:
 _Tensors = dict[str, tuple[str, GgufEntry]]
 
 
-def _tensors_of(files: list[str], layer: int) -> tuple[_Tensors, dict[str, tuple[int, ...]]]:
-    """Name -> (file, entry) of the expert tensors of a layer, and file -> stamp of its header."""
+def _tensors_of(files: list[str], layer: int) -> tuple[_Tensors, _Tensors, dict[str, tuple[int, ...]]]:
+    """Name -> (file, entry) of the weights of a layer's experts, of their biases, and file -> stamp of its header."""
     wanted = re.compile(
         rf"blk\.{layer}\.ffn_(?:(?:gate|up|down|gate_up)_exps|(?:gate|up|down)\.(?:0|[1-9][0-9]{{0,5}}))\."
         r"(?P<what>weight|bias|scale)"
     )
-    found: _Tensors = {}
+    weights: _Tensors = {}
+    biases: _Tensors = {}
     stamps = {}
     for number, file in enumerate(files):
         header = read_header(file)
@@ -246,10 +288,11 @@ def _tensors_of(files: list[str], layer: int) -> tuple[_Tensors, dict[str, tuple
             match = wanted.fullmatch(name)
             if not match:
                 continue
-            if match["what"] != "weight":
+            found = weights if match["what"] == "weight" else biases
+            if match["what"] == "scale" or (found is biases and "_exps" not in name):
                 # To ignore it would be a wrong result without a word.
-                raise WeightFileError(f"{file}: tensor {name!r}: a {match['what']} of GGUF experts is not read yet")
+                raise WeightFileError(f"{file}: tensor {name!r}: a {match['what']} like this is not read")
             if name in found:
                 raise WeightFileError(f"{file}: tensor {name!r} is in {found[name][0]} too")
             found[name] = (file, entry)
-    return found, stamps
+    return weights, biases, stamps

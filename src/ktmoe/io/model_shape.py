@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import WeightFileError
-from .experts import expert_layers
+from .experts import expert_layers, find_group
 from .index_json import open_regular, parse_object
 from .limits import MAX_INDEX_BYTES
+from .safetensors_dir import SafetensorsDir
 
-_HIDDEN = ("hidden_size",)
+_HIDDEN = ("moe_latent_size", "hidden_size")
 _INTER = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
 _LAYERS = ("num_hidden_layers",)
+_LAYER_LISTS = ("layers_block_type", "layer_types")  # one entry for each layer, where their number is not given
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class ModelShape:
     hidden: int
     inter: int
     layers: tuple[int, ...]
+    gated: bool
+    """False: the experts have up and down alone."""
 
 
 def read_model_shape(folder: str) -> ModelShape:
@@ -37,11 +41,14 @@ def read_model_shape(folder: str) -> ModelShape:
     text = config.get("text_config")
     if isinstance(text, dict):  # a model with other modalities
         config = {**config, **text}
-    depth = _positive(config, _LAYERS, path)
+    lists = [value for name in _LAYER_LISTS if isinstance(value := config.get(name), list)]
+    depth = len(lists[0]) if "num_hidden_layers" not in config and lists else _positive(config, _LAYERS, path)
     layers = tuple(layer for layer in expert_layers(folder) if layer < depth)
     if not layers:
         raise WeightFileError(f"{folder}: no layer has experts that ktmoe recognises")
-    return ModelShape(_positive(config, _HIDDEN, path), _positive(config, _INTER, path), layers)
+    with SafetensorsDir(folder) as files:
+        gated = find_group(files, layers[0]).gated()
+    return ModelShape(_positive(config, _HIDDEN, path), _positive(config, _INTER, path), layers, gated)
 
 
 def _positive(config: dict[str, Any], names: Sequence[str], path: str) -> int:

@@ -22,28 +22,19 @@ def open_source(
     package gguf.
     """
     if is_gguf(path, prefer_gguf):
-        _need_gates(gated, f"{path}, layer {layer}", "GGUF")
-        return GgufSource(path, layer, hidden, inter)
+        return GgufSource(path, layer, hidden, inter, gated)
     folder = SafetensorsDir(path)
     try:
         group = find_group(folder, layer)
         if group.mxfp4:
+            if not gated:
+                raise WeightFileError(f"{path}, layer {layer}: MXFP4 experts have a gate, but the layer has none")
             return Mxfp4Source(folder, group, layer, hidden, inter)
-        quantised = "packed" in group.beside or is_fp8(folder, group)
-        if quantised:
-            _need_gates(gated and not group.biases, f"{path}, layer {layer}", "quantised")
         if "packed" in group.beside:
-            return CompressedTensorsSource(folder, group, layer, hidden, inter)
-        if quantised:
-            return Fp8Source(folder, group, layer, hidden, inter)
+            return CompressedTensorsSource(folder, group, layer, hidden, inter, gated)
+        if is_fp8(folder, group):
+            return Fp8Source(folder, group, layer, hidden, inter, gated)
         return ExpertSource(folder, group, layer, hidden, inter, gated)
     except BaseException:
         folder.close()
         raise
-
-
-def _need_gates(usual: bool, where: str, kind: str) -> None:
-    if not usual:
-        raise WeightFileError(
-            f"{where}: {kind} experts without a gate, or with biases, are not read; expected bf16 files"
-        )
