@@ -84,7 +84,7 @@ class BlockForward {
     else
       p_.kernels.pack_operand(format, rows, nullptr, m_, p_.config.hidden, operand_);
     if (p_.lora)
-      lora_activations(scratch, Dropout::kX, rows, p_.config.hidden, lora_.a_gate_up, p_.lora->gate_up_rank(),
+      lora_activations(scratch, Dropout::kX, rows, p_.config.hidden, format, lora_.a_gate_up, p_.lora->gate_up_rank(),
                        p_.cache ? p_.cache->u_gate_up.as<bf16>() : nullptr);
   }
 
@@ -111,7 +111,7 @@ class BlockForward {
       p_.kernels.pack_operand(format, rows, nullptr, m_, p_.config.inter, operand_);
     }
     if (p_.lora)
-      lora_activations(scratch, Dropout::kH, rows, p_.config.inter, lora_.a_down, p_.lora->rank,
+      lora_activations(scratch, Dropout::kH, rows, p_.config.inter, format, lora_.a_down, p_.lora->rank,
                        p_.cache ? p_.cache->u_down.as<bf16>() : nullptr);
   }
 
@@ -161,8 +161,10 @@ class BlockForward {
     return c_;
   }
 
-  // u_operand_ = operand of scaling * X A^T (rounded to bf16; `used` columns), which the cache also keeps.
-  void lora_activations(Scratch& scratch, Dropout::Site site, RowSource rows, int k, const PackedMatrix& a, int used, bf16* keep) {
+  // u_operand_ = operand of scaling * X A^T (rounded to bf16; `used` columns), which the cache also keeps. packed: the format for which
+  // operand_ holds X.
+  void lora_activations(Scratch& scratch, Dropout::Site site, RowSource rows, int k, WeightFormat packed, const PackedMatrix& a, int used,
+                        bf16* keep) {
     const int panels = a.layout().n_panels, columns = panels * kPanelColumns;
     if (p_.dropout) {
       const int first = site == Dropout::kH ? p_.part.slice().first : 0;  // masks count in the whole h
@@ -174,9 +176,13 @@ class BlockForward {
       }
       rows = {dropped_, k, nullptr};
     }
-    p_.kernels.pack_operand(WeightFormat::bf16, rows, nullptr, m_, k, lora_operand_);
+    const std::byte* x = operand_;
+    if (packed != WeightFormat::bf16 || p_.dropout) {
+      p_.kernels.pack_operand(WeightFormat::bf16, rows, nullptr, m_, k, lora_operand_);
+      x = lora_operand_;
+    }
     float* c = c_blocks(scratch, panels);
-    p_.kernels.forward(lora_operand_, m_, a, 0, panels, c, false, nullptr);
+    p_.kernels.forward(x, m_, a, 0, panels, c, false, nullptr);
     bf16* u = keep ? keep + static_cast<std::ptrdiff_t>(block_.begin) * columns : u_;
     p_.kernels.c_to_bf16(c, m_, panels, p_.lora->scaling * p_.dropout.factor(), nullptr, u, columns);
     p_.kernels.pack_operand(WeightFormat::bf16, {u, columns, nullptr}, nullptr, m_, used, u_operand_);

@@ -3,6 +3,11 @@
 #include <algorithm>
 
 namespace ktmoe {
+namespace {
+
+constexpr int kRowsOfATile = 16;  // AMX; other levels take any number as well
+
+}  // namespace
 
 Routing Routing::slice(int first, int count, int top_k) const {
   const std::ptrdiff_t skip = static_cast<std::ptrdiff_t>(first) * top_k;
@@ -32,7 +37,8 @@ RoutePlan::RoutePlan(const MoeConfig& config, const Routing& routing, int block_
   for (std::size_t e = 0; e < static_cast<std::size_t>(config.n_experts); ++e) {
     const int begin = next[e], rows = next[e + 1];
     if (rows > 0) expert_blocks.push_back(static_cast<int>(blocks.size()));
-    for (int r = 0; r < rows; r += block_rows) blocks.push_back({static_cast<int>(e), begin + r, std::min(block_rows, rows - r)});
+    const int even = round_up(ceil_div(rows, std::max(1, ceil_div(rows, block_rows))), kRowsOfATile);
+    for (int r = 0; r < rows; r += even) blocks.push_back({static_cast<int>(e), begin + r, std::min(even, rows - r)});
     next[e + 1] += begin;
   }
   expert_blocks.push_back(static_cast<int>(blocks.size()));

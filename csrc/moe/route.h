@@ -24,7 +24,8 @@ struct Routing {  // of n_tokens tokens; either ids pointer, either weights poin
 };
 
 struct RoutePlan {
-  // Rows [begin, end) of one expert, at most block_rows of them.
+  // Rows [begin, begin + rows) of one expert, at most block_rows of them: as few blocks as can be, and even ones, since each reads all
+  // weights of the expert, which takes a block of few rows longer than it computes.
   struct Block {
     int expert, begin, rows;
   };

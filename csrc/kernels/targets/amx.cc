@@ -23,7 +23,7 @@ namespace amx {
 #include "kernels/amx-inl.h"
 // clang-format on
 using Gemm = TileGemm<VnniVec, HardwareTiles, VectorGemm<VnniVec, Int8VnniDot<VnniVec>>>;
-constexpr KernelTable table = make_table<Gemm, VnniVec>(Isa::amx, 256);
+constexpr KernelTable table = make_table<Gemm, VnniVec>(Isa::amx, 16 * Gemm::kMaxTiles);
 }  // namespace amx
 }  // namespace ktmoe
 

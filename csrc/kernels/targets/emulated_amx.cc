@@ -16,7 +16,7 @@ namespace emulated_amx {
 #include "kernels/amx-inl.h"
 // clang-format on
 using Gemm = TileGemm<EmulatedVec, SoftwareTiles, VectorGemm<EmulatedVec, Int8VnniDot<EmulatedVec>>>;
-constexpr KernelTable table = make_table<Gemm, EmulatedVec>(Isa::emulated_amx, 256);
+constexpr KernelTable table = make_table<Gemm, EmulatedVec>(Isa::emulated_amx, 16 * Gemm::kMaxTiles);
 }  // namespace emulated_amx
 
 const KernelTable& emulated_amx_kernels() {
