@@ -1,46 +1,85 @@
-// GGUF blocks of 32 with one f16 scale d: Q4_0, IQ4_NL, Q8_0. Kept as they are, 16 columns interleaved.
+// GGUF blocks of 32 with one scale d, an f16 but for MXFP4: Q4_0, IQ4_NL, MXFP4, Q8_0. Kept as they are, 16 columns interleaved.
 //
-//   Q4_0    w = d (q - 8),     q in 0..15;  byte j of the block: k = j (low nibble), k = j + 16 (high nibble)
-//   IQ4_NL  w = d values[q],   same bytes
-//   Q8_0    w = d q,           q signed
-//   tile for two blocks: row 0 = 16 f16 of block 0 | 16 f16 of block 1; then nibbles (8 consecutive k in a word) or bytes (4)
+//   Q4_0    w = d (q - 8),      q in 0..15;  byte j of the block: k = j (low nibble), k = j + 16 (high nibble)
+//   IQ4_NL  w = d levels[q],    same bytes
+//   MXFP4   w = d levels[q]/2,  same bytes;  d = 2^(e - 127), e the first byte of the block; the levels are those of e2m1, doubled
+//   Q8_0    w = d q,            q signed
+//   tile for two blocks: row 0 = 16 d of block 0 | 16 d of block 1; then nibbles (8 consecutive k in a word) or bytes (4)
+//   MXFP4, four blocks:  row 0 = a word of each column: e of blocks 0, 1, 2, 3
+// The e of MXFP4 is used as the exponent of a float, where zero is no power of two: 2^-127 counts as zero, the only numbers that are not
+// kept in value. e > 252, of which some weights would be infinite, is refused.
 #pragma once
 
 #include "format/tile.h"
 
 namespace ktmoe {
 
-// Which levels a 4-bit code of IQ4_NL stands for.
-inline constexpr std::int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-
-template <bool kNonlinear>
+template <int kStep>
 struct Gguf4Bit {
-  static constexpr const char* name = kNonlinear ? "iq4_nl" : "q4_0";
-  static constexpr int k_step = 64;
+  static constexpr int k_step = kStep;
   static constexpr int rows = 1 + k_step / 8;
   static constexpr bool int8_products = false;
   static constexpr bool has_scales = false;
   static constexpr int scale_rows = 1, bits = 4, block = 32;
-  static constexpr RawPart parts[] = {{32, 18}};
 
-  static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
-    const int q = get_field<4>(tile, 1, column, k);
-    const auto level = static_cast<float>(kNonlinear ? kIq4Values[q] : q - 8);
-    return level * f16_to_float(load_as<std::uint16_t>(half_at(tile, 0, k / 32, column)));
+  static int code(const std::byte* tile, int column, int k) { return get_field<4>(tile, 1, column, k); }
+  static float f16_scale(const std::byte* tile, int column, int k) {
+    return f16_to_float(load_as<std::uint16_t>(half_at(tile, 0, k / 32, column)));
   }
-  static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) {
+  static bool repack_f16(const RawBlock& src, int column, int b, std::byte* tile) {
     if (!f16_finite(src.part[0])) return false;
     std::memcpy(half_at(tile, 0, b, column), src.part[0], 2);
+    repack_codes(src.part[0] + 2, column, b, tile);
+    return true;
+  }
+  static void repack_codes(const std::byte* codes, int column, int b, std::byte* tile) {
     for (int j = 0; j < 16; ++j) {
-      const int both = static_cast<int>(src.part[0][2 + j]);
+      const int both = static_cast<int>(codes[j]);
       put_field<4>(tile, 1, column, 32 * b + j, both & 15);
       put_field<4>(tile, 1, column, 32 * b + 16 + j, both >> 4);
     }
+  }
+};
+
+struct Q4_0Format : Gguf4Bit<64> {
+  static constexpr const char* name = "q4_0";
+  static constexpr RawPart parts[] = {{32, 18}};
+
+  static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
+    return static_cast<float>(code(tile, column, k) - 8) * f16_scale(tile, column, k);
+  }
+  static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) { return repack_f16(src, column, b, tile); }
+};
+
+struct Iq4NlFormat : Gguf4Bit<64> {
+  static constexpr const char* name = "iq4_nl";
+  static constexpr RawPart parts[] = {{32, 18}};
+  static constexpr std::int8_t levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+  static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
+    return static_cast<float>(levels[code(tile, column, k)]) * f16_scale(tile, column, k);
+  }
+  static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) { return repack_f16(src, column, b, tile); }
+};
+
+struct Mxfp4Format : Gguf4Bit<128> {
+  static constexpr const char* name = "mxfp4";
+  static constexpr RawPart parts[] = {{32, 17}};
+  static constexpr std::int8_t levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  static constexpr std::int8_t zero = 12, from_zero[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // levels + zero
+  static constexpr bool exponents = true;
+
+  static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(tile_word(tile, 0, column)[k / 32]) << 23;
+    return static_cast<float>(levels[code(tile, column, k)]) * (0.5f * load_as<float>(&bits));
+  }
+  static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) {
+    if (static_cast<int>(src.part[0][0]) > 252) return false;
+    tile_word(tile, 0, column)[b] = src.part[0][0];
+    repack_codes(src.part[0] + 1, column, b, tile);
     return true;
   }
 };
-using Q4_0Format = Gguf4Bit<false>;
-using Iq4NlFormat = Gguf4Bit<true>;
 
 struct Q8_0Format {
   static constexpr const char* name = "q8_0";

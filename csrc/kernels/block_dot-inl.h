@@ -12,15 +12,16 @@ struct BlockDot {
   using I = typename V::I;
   static constexpr int kGroup = V::kRows > 8 ? 8 : 4;
   static constexpr int kMostRows = 16;  // more rows pay for unpacking the weights, and their activations stay exact
-  static constexpr bool kUnsigned = Fmt::bits < 8 && !std::is_same_v<Fmt, Iq4NlFormat>;  // levels 0 .. 63 that maddubs takes
+  static constexpr bool kFromZero = requires { Fmt::from_zero; };
+  static constexpr bool kUnsigned = Fmt::bits < 8 && (kFromZero || !HasLevels<Fmt>);  // levels 0 .. 63 that maddubs takes
   using Signed = std::conditional_t<V::kVnni, Int8VnniDot<V>, std::conditional_t<V::kSignedBytes, Int8SignDot<V>, Int8PairDot<V>>>;
   static constexpr int kSpanWords = kUnsigned ? 8 : 8 * Signed::words;
   static constexpr bool kTwoScales = Fmt::bits == 6;                      // one for each 16 k
   static constexpr bool kStart = !kUnsigned && Signed::unsigned_weights;  // integer sums start from -128 sum(x8)
   static constexpr int kSpanScales = kTwoScales ? 3 : kUnsigned || kStart ? 2 : 1;
-  static constexpr bool kPairSums = kUnsigned && !V::kVnni && !kTwoScales;     // 16-bit sums, which `pairs` adds up
-  static constexpr bool kHalves = kTwoScales || (kPairSums && Fmt::bits > 4);  // sums of 16 k apart
-  static constexpr int kSpanRows = Fmt::bits == 8 ? 8 : 4;                     // 64-byte rows of levels in a span
+  static constexpr bool kPairSums = kUnsigned && !V::kVnni && !kTwoScales;                    // 16-bit sums, which `pairs` adds up
+  static constexpr bool kHalves = kTwoScales || (kPairSums && (Fmt::bits > 4 || kFromZero));  // sums of 16 k apart
+  static constexpr int kSpanRows = Fmt::bits == 8 ? 8 : 4;                                    // 64-byte rows of levels in a span
 
   static int row_bytes(int padded) { return padded / 32 * (kSpanWords + kSpanScales) * 4; }
 
@@ -126,11 +127,15 @@ struct BlockDot {
         signed_products<R>(word, x + row * Signed::words * R, part);
       } else {
         const I low = V::and_i(word, 0x0f0f0f0f), high = V::and_i(V::template shr<4>(word), 0x0f0f0f0f);
-        if constexpr (std::is_same_v<Fmt, Iq4NlFormat>) {
-          signed_products<R>(V::lookup_bytes(low, kIq4Values), x + 2 * row * Signed::words * R, part);
-          signed_products<R>(V::lookup_bytes(high, kIq4Values), x + (2 * row + 1) * Signed::words * R, part);
+        constexpr bool kFirst = row == 0 || (kHalves && row == 2);
+        if constexpr (kFromZero) {
+          unsigned_products<R, kFirst, row>(tile, span, V::lookup_bytes(low, Fmt::from_zero), V::lookup_bytes(high, Fmt::from_zero),
+                                            x + 2 * row * R, part);
+        } else if constexpr (HasLevels<Fmt>) {
+          signed_products<R>(V::lookup_bytes(low, Fmt::levels), x + 2 * row * Signed::words * R, part);
+          signed_products<R>(V::lookup_bytes(high, Fmt::levels), x + (2 * row + 1) * Signed::words * R, part);
         } else {
-          unsigned_products<R, row == 0 || (kHalves && row == 2), row>(tile, span, low, high, x + 2 * row * R, part);
+          unsigned_products<R, kFirst, row>(tile, span, low, high, x + 2 * row * R, part);
         }
       }
       if constexpr (kHalves && row % 2 == 1) {
@@ -157,8 +162,8 @@ struct BlockDot {
     }
   }
 
-  // VNNI sums in 32 bits. In 16 bits: 4-bit levels over the span (8 products of pairs, 8 * 2 * 15 * 127 = 30480), 5-bit levels over 16 k (4
-  // * 2 * 31 * 127 = 31496). 6-bit levels over one row (2 * 2 * 63 * 127 = 32004), then in 32 bits.
+  // VNNI sums in 32 bits. In 16 bits: 4-bit levels over the span (8 products of pairs, 8 * 2 * 15 * 127 = 30480), 5-bit levels, MXFP4's
+  // among them, over 16 k (4 * 2 * 31 * 127 = 31496). 6-bit levels over one row (2 * 2 * 63 * 127 = 32004), then in 32 bits.
   template <int R, bool kFirst, int row>
   static inline __attribute__((always_inline)) void unsigned_products(const std::byte* tile, int span, I low, I high,
                                                                       const std::uint32_t* x, I (&part)[R]) {

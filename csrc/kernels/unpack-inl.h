@@ -10,14 +10,19 @@ static inline __attribute__((always_inline)) typename V::I move_bit(typename V::
     return V::template shl<to - from>(x);
 }
 
+// Codes of four bits that stand for levels of a table.
+template <class Fmt>
+concept HasLevels = requires { Fmt::levels; };
 // What the 16 codes of four bits stand for, as floats: tables for V::lookup.
-struct Iq4Floats {
+template <HasLevels Fmt>
+struct LevelFloats {
   float at[16];
-  constexpr Iq4Floats() : at{} {
-    for (int i = 0; i < 16; ++i) at[i] = kIq4Values[i];
+  constexpr LevelFloats() : at{} {
+    for (int i = 0; i < 16; ++i) at[i] = Fmt::levels[i];
   }
 };
-inline constexpr Iq4Floats kIq4Floats;
+template <HasLevels Fmt>
+inline constexpr LevelFloats<Fmt> kLevelFloats;
 inline constexpr float kNibbles[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Weights of a block format, 16 columns at a time, span by span: a span is 32 consecutive k, what one bf16 tile holds.
@@ -60,6 +65,11 @@ struct BlockWeights {
       }
     } else if constexpr (std::is_same_v<Fmt, Fp8Format>) {
       s.scale[0] = s.scale[1] = V::load(reinterpret_cast<const float*>(tile));
+    } else if constexpr (requires { Fmt::exponents; }) {
+      const I row = V::load_i(tile_word(tile, 0, 0));
+      const I e = span < 2 ? (span == 0 ? row : V::template shr<8>(row)) : span == 2 ? V::template shr<16>(row) : V::template shr<24>(row);
+      s.scale[0] = s.scale[1] = V::mul(V::as_f(V::template shl<23>(V::and_i(e, 255))), V::set(0.5f));
+      s.shift = V::mul(s.scale[0], V::set(Fmt::zero));
     } else {  // a half-width scale for each block
       const std::byte* at = half_at(tile, 0, 32 * span / Fmt::block, 0);
       constexpr bool kBf16 = std::size(Fmt::parts) > 1;
@@ -68,7 +78,7 @@ struct BlockWeights {
         const int group = 32 * span / Fmt::block;
         const I row = V::load_i(tile_word(tile, Fmt::zero_row, 0)), pair = group & 2 ? V::template shr<16>(row) : row;
         s.shift = V::mul(s.scale[0], group & 1 ? byte_of<1>(pair) : byte_of<0>(pair));
-      } else if constexpr (Fmt::bits == 4) {
+      } else if constexpr (Fmt::bits == 4 && !HasLevels<Fmt>) {
         s.shift = V::mul(s.scale[0], V::set(8.0f));
       }
     }
@@ -107,12 +117,15 @@ struct BlockWeights {
                              V::and_i(move_bit<V, field_shift<Fmt::bits - 4>(k) % 8, 4>(high), kHigh));
       const F shift = Fmt::bits == 5 ? s.shift : V::mul(scale, V::set(32.0f));
       return V::fma(top<k % 8 / 2>(four), V::mul(scale, V::set(0x1p-24f)), V::sub(V::set(0.0f), shift));
-    } else if constexpr (std::is_same_v<Fmt, Iq4NlFormat>) {
+    } else if constexpr (HasLevels<Fmt>) {
       if constexpr (V::kFloatTables) {
-        return V::mul(V::lookup(V::template shr<k % 8 * 4>(row), kIq4Floats.at), scale);
+        return V::mul(V::lookup(V::template shr<k % 8 * 4>(row), kLevelFloats<Fmt>.at), scale);
       } else {
-        const I four = V::lookup_bytes(V::and_i(k % 2 ? V::template shr<4>(row) : row, 0x0f0f0f0f), kIq4Values);
-        return V::mul(top<k % 8 / 2>(four), V::mul(scale, V::set(0x1p-24f)));
+        const I four = V::lookup_bytes(V::and_i(k % 2 ? V::template shr<4>(row) : row, 0x0f0f0f0f), Fmt::levels);
+        if constexpr (requires { Fmt::exponents; })  // some are too small for the way below
+          return V::mul(V::mul(top<k % 8 / 2>(four), V::set(0x1p-24f)), scale);
+        else
+          return V::mul(top<k % 8 / 2>(four), V::mul(scale, V::set(0x1p-24f)));
       }
     } else {
       return V::fma(nibble<k % 8>(row), scale, V::sub(V::set(0.0f), s.shift));

@@ -225,7 +225,7 @@ class MoeLayer:
                                kp = k rounded up to the group g
         int4_g32z, _g64z, _g128z    the same with value = (nibble - zero) * scale, and uint8 zeros 0..15 [n, kp / g]
         fp8                    uint8 [n, k] (e4m3fn), fp32 scales [n, ceil(k / 128)]
-        q4_0, q8_0, iq4_nl, q4_k, q5_k, q6_k    uint8 [n, bytes of a row], as GGUF stores rows (k rounded up)
+        q4_0, q8_0, iq4_nl, mxfp4, q4_k, q5_k, q6_k    uint8 [n, bytes of a row], as GGUF stores rows (k rounded up)
         bf16                   bf16 [n, k]
         A scale or code that is not finite, or a zero point above 15, is a ValueError naming matrix and row; the expert
         is then not loaded."""

@@ -115,7 +115,7 @@ class BaseMoEWrapper(PackedWeights):
 
     def _formats_of(self, source: Source) -> tuple[str, str]:
         """Formats in which weights of `source` are handed over: their own where the method computes with them."""
-        if source.kind == self._row.published:
+        if self._row.published and self._row.computes_with(source.kind):
             return source.formats
         if self._row.published and source.kind != "bf16":
             path = self.weight_path or "the checkpoint"
@@ -167,11 +167,11 @@ class BaseMoEWrapper(PackedWeights):
         """Loads this layer's experts from `weight_path`.
 
         A folder made by `ktmoe quantize` is mapped: nothing is read or copied, processes share the memory. Otherwise
-        the experts of safetensors files in a Hugging Face layout (BF16, F16, F32, FP8, or compressed-tensors int4), of
-        a GGUF file, or of a folder of GGUF files are packed, two in memory at a time, with the biases that they have;
-        what cpu_save=True has kept beside the files is mapped instead if those have not changed since. RAWINT4, FP8 and
-        LLAMAFILE compute with files of their kind as they are and quantise plain ones; the other methods read all files
-        as bf16.
+        the experts of safetensors files in a Hugging Face layout (BF16, F16, F32, FP8, MXFP4, or compressed-tensors
+        int4), of a GGUF file, or of a folder of GGUF files are packed, two in memory at a time, with the biases that
+        they have; what cpu_save=True has kept beside the files is mapped instead if those have not changed since.
+        RAWINT4, FP8 and LLAMAFILE (MXFP4 too) compute with files of their kind as they are and quantise plain ones; the
+        other methods read all files as bf16.
 
         physical_to_logical_map: integers [num_experts]; slot e gets the weights of the file's expert map[e].
         None: slot e gets expert e. progress: called after each packed expert with the bytes read for it.

@@ -20,7 +20,7 @@ MAX_DIM = 65_536
 MAX_EXPERTS = 65_536
 MAX_RANK = 4_096
 GROUP_SIZES = (32, 64, 128)
-GGUF_TYPES = ("Q4_K", "Q8_0", "Q4_0")
+GGUF_TYPES = ("Q4_K", "Q8_0", "Q4_0", "MXFP4")
 ACTIVATIONS = ("silu", "gelu_tanh", "relu2")
 _MAX_COUNT = 2**31 - 1
 

@@ -29,6 +29,11 @@ class Method:
     """The kind of files ("int4", "fp8", "gguf") whose weights are computed with as they are. `format` is then only what
     bf16 tensors become: group_size and gguf_type may change it, and files bring their own."""
 
+    def computes_with(self, kind: str) -> bool:
+        """True if weights of such files ("bf16" too) are used as they are. MXFP4 is a type of GGUF, in any file."""
+        kind = "gguf" if kind == "mxfp4" else kind
+        return self.published == kind or self.format == kind == "bf16"
+
 
 _ROWS = (
     Method("AMXINT4", "inference", "AMXMoEWrapper", "int4"),
@@ -57,7 +62,7 @@ def methods_of(mode: str) -> list[Method]:
 
 def method_for(kind: str, mode: str) -> str:
     """The method that computes with files of this kind ("bf16" too) as they are, for messages."""
-    return next(m.name for m in methods_of(mode) if m.published == kind or m.format == kind == "bf16")
+    return next(m.name for m in methods_of(mode) if m.computes_with(kind))
 
 
 def resolve(method: str, mode: str) -> Method:

@@ -53,7 +53,7 @@ class KTMoEWrapper(BaseMoEWrapper):
         tensor is shared: changes in place count from the next forward on (see `BaseMoEWrapper`).
     group_size, zero_point: how RAWINT4 and AMXINT4_KGroup_SFT quantise bf16 tensors: 32, 64 or 128 weights to a scale,
         and whether such a group also gets a zero point (asymmetric). Files bring their own.
-    gguf_type: "Q4_K", "Q8_0" or "Q4_0", what LLAMAFILE and LLAMAFILE_SFT make of bf16 tensors.
+    gguf_type: "Q4_K", "Q8_0", "Q4_0" or "MXFP4", what LLAMAFILE and LLAMAFILE_SFT make of bf16 tensors.
     numa_nodes: the NUMA node of each sub-pool; None: 0, 1, ...
     activation: what an expert does with g = gate(x) and u = up(x) before its down projection.
         "silu": h = g * sigmoid(g) * u. swiglu_limit > 0 clamps first: g <= limit, -limit <= u <= limit.

@@ -60,7 +60,8 @@ def test_a_scale_that_is_not_finite_is_refused(fmt: str) -> None:
     parts = p.random(np.random.default_rng(1), n, k, 1.0)
     part, at, size = p.scale_at
     row = parts[part][37].view(np.uint8)
-    for bits in (0x7F80, 0xFFC1) if size == 2 and part == 1 else (0x7C00, 0xFE01) if size == 2 else (0x7F800000,):
+    halves = (0x7F80, 0xFFC1) if part == 1 else (0x7C00, 0xFE01)
+    for bits in {1: (253, 255), 2: halves, 4: (0x7F800000,)}[size]:
         row[at : at + size] = np.frombuffer(int(bits).to_bytes(size, "little"), np.uint8)
         with pytest.raises(ValueError, match=r"w: row 37, columns from 0: got a number that is not finite"):
             repacked(fmt, parts, n, k)

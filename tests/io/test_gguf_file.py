@@ -15,7 +15,15 @@ from ktmoe.io.gguf_file import GgufSource, is_gguf
 from ktmoe.io.published import dequantize, quantize
 
 E, HIDDEN, INTER, LAYER = 3, 256, 512, 3
-NATIVE = {"Q4_0": "q4_0", "Q8_0": "q8_0", "Q4_K": "q4_k", "Q5_K": "q5_k", "Q6_K": "q6_k", "IQ4_NL": "iq4_nl"}
+NATIVE = {
+    "Q4_0": "q4_0",
+    "Q8_0": "q8_0",
+    "Q4_K": "q4_k",
+    "Q5_K": "q5_k",
+    "Q6_K": "q6_k",
+    "IQ4_NL": "iq4_nl",
+    "MXFP4": "mxfp4",
+}
 OTHER = [t for t in files.TYPES if t not in (*NATIVE, "F32", "F16", "BF16")]
 LAYOUTS = {"stacks": files.layer_tensors, "fused": files.fused_tensors, "old": files.old_tensors}
 

@@ -6,8 +6,9 @@ from hostile_files import save_sharded
 
 from ktmoe import KTMoEWrapper
 from ktmoe.errors import WeightFileError
-from ktmoe.io.mxfp4 import decode
+from ktmoe.io.published import PublishedExpert, PublishedMatrix, dequantize
 from ktmoe.io.sources import open_source
+from ktmoe.methods import METHODS
 
 EXPERTS, LAYER = 3, 1
 SHAPES = [(64, 32), (96, 160), (72, 40)]  # hidden, inter; the last with blocks that are not full
@@ -36,29 +37,73 @@ def test_as_transformers_decodes(tmp_path, shape) -> None:
         for s in ("gate_up_proj", "down_proj")
     )  # bf16 [E, k, n]
     with open_source(str(save_sharded(tmp_path, files)), LAYER, hidden, inter) as source:
-        assert (source.kind, source.n_experts, source.formats) == ("bf16", EXPERTS, ("bf16", "bf16"))
+        assert (source.kind, source.n_experts, source.formats) == ("mxfp4", EXPERTS, ("mxfp4", "mxfp4"))
         for e in range(EXPERTS):
             expert = source.read_expert(e)
-            got = [m.parts[0] for m in expert.matrices if m is not None]
+            got = [dequantize(m) for m in expert.matrices if m is not None]
             want = gate_up[e, :hidden, 0::2].T, gate_up[e, :hidden, 1::2].T, down[e, :inter].T
             for a, b in zip(got, want, strict=True):
-                assert torch.equal(a, b)
+                assert torch.equal(a, b.float())
             bias = files[f"{STEM}.gate_up_proj_bias"][e].float()
             assert torch.equal(expert.biases["gate_bias"], bias[0::2])
             assert torch.equal(expert.biases["up_bias"], bias[1::2])
             assert torch.equal(expert.biases["down_bias"], files[f"{STEM}.down_proj_bias"][e].float())
 
 
-def test_every_code_and_scale_is_exact_in_bf16() -> None:
-    """All but the powers that no fp32 has: there the largest codes are infinite, and 255 is NaN."""
-    codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat_interleave(16, 1)
-    for scale in range(255):
-        values = decode(codes, torch.full((1, 256), scale, dtype=torch.uint8))
-        assert torch.equal(values, values.bfloat16().float())
-        assert scale > 252 or values.isfinite().all()
-    assert decode(codes[:, :1], torch.tensor([[255]], dtype=torch.uint8)).isnan().all()
-    one = torch.tensor([0x21] + [0] * 15, dtype=torch.uint8).view(1, 1, 16)  # 0.5, then 1
-    assert decode(one, torch.tensor([[128]], dtype=torch.uint8))[0, :3].tolist() == [1.0, 2.0, 0.0]
+def rows(scale: int) -> torch.Tensor:
+    """Every byte of codes under one scale: uint8 [16, 17]."""
+    codes = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    return torch.cat((torch.full((16, 1), scale, dtype=torch.uint8), codes), 1)
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2, 3, 26, 127, 252, 253, 255])
+def test_every_code_and_scale(scale) -> None:
+    """Exact in bf16 and as gguf says, but for what overflows: there the largest codes are infinite, and 255 is NaN."""
+    gguf = pytest.importorskip("gguf")
+    matrix = PublishedMatrix("mxfp4", (rows(scale),), (16, 32))
+    values = dequantize(matrix)
+    assert torch.equal(values.bfloat16().float(), values) or scale == 255
+    if scale <= 252:
+        want = gguf.quants.dequantize(rows(scale).numpy(), gguf.GGMLQuantizationType.MXFP4)
+        assert torch.equal(values, torch.from_numpy(want.copy()))
+    elif scale == 255:
+        assert values.isnan().all()
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2, 3, 26, 127, 252])
+def test_the_engine_keeps_every_scale(scale) -> None:
+    """All but the smallest: 2^-127 is no normal number and counts as zero."""
+    layer = KTMoEWrapper(0, 1, 1, 32, 32, 0, 1, 1, "", 64, method="LLAMAFILE", mode="inference", gguf_type="MXFP4")
+    half = torch.cat((rows(scale), rows(scale)))
+    matrix = PublishedMatrix("mxfp4", (half,), (32, 32))
+    layer.put_expert(0, PublishedExpert((matrix, matrix, matrix), {}))
+    values = torch.empty(32, 32), torch.empty(32, 32), torch.empty(32, 32)
+    layer.layer.dequantize_expert(0, *(v.numpy() for v in values))
+    want = dequantize(matrix) if scale else torch.zeros(32, 32)
+    assert all(torch.equal(v, want) for v in values)
+    for kept in layer.expert_weights(0).matrices:
+        assert torch.equal(kept.parts[0], half)  # bit for bit
+
+
+@pytest.mark.parametrize("scale", [253, 255])
+def test_scales_that_overflow_are_refused(scale) -> None:
+    layer = KTMoEWrapper(0, 1, 1, 32, 32, 0, 1, 1, "", 64, method="LLAMAFILE", mode="inference", gguf_type="MXFP4")
+    matrix = PublishedMatrix("mxfp4", (torch.cat((rows(scale), rows(scale))),), (32, 32))
+    with pytest.raises(ValueError, match="not finite or out of range"):
+        layer.put_expert(0, PublishedExpert((matrix, matrix, matrix), {}))
+
+
+def test_only_methods_of_gguf_take_it_as_it_is(tmp_path) -> None:
+    folder = str(save_sharded(tmp_path, tensors(64, 32)))
+    for method, fits in (("LLAMAFILE", "mxfp4"), ("AMXINT8", "int8"), ("LLAMAFILE_SFT", "mxfp4"), ("FP8", None)):
+        mode = METHODS[method].mode
+        layer = KTMoEWrapper(LAYER, EXPERTS, 2, 64, 32, 0, 1, 1, folder, 64, method=method, mode=mode)
+        if fits:
+            layer.load_weights()
+            assert layer.layer.format == fits
+        else:
+            with pytest.raises(WeightFileError, match="holds mxfp4 experts.*FP8 does not read; method LLAMAFILE does"):
+                layer.load_weights()
 
 
 def test_a_layer_loads(tmp_path) -> None:
@@ -71,7 +116,7 @@ def test_a_layer_loads(tmp_path) -> None:
     layer.load_weights()
     with open_source(str(folder), LAYER, hidden, inter) as source:
         for got, want in zip(layer.expert_weights(2).matrices, source.read(2), strict=True):
-            assert torch.equal(got.parts[0], want.parts[0])
+            assert torch.equal(got.parts[0].float(), dequantize(want))
 
 
 @pytest.mark.parametrize("lost", ["gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_scales", "down_proj_bias"])

@@ -44,6 +44,16 @@ def _gguf(name: str, block: int, n_bytes: int, scales: list[int], levels: float)
     )
 
 
+def _mxfp4() -> Published:
+    def random(rng: np.random.Generator, n: int, k: int, deviation: float) -> Parts:
+        blocks = rng.integers(0, 256, (n, _up(k, 32) // 32, 17), dtype=np.uint8)
+        blocks[..., 0] = np.round(np.log2(deviation / 2.9)) + 127 + rng.integers(0, 2, blocks.shape[:2])
+        return [blocks.reshape(n, -1)]
+
+    kind = gguf.GGMLQuantizationType.MXFP4
+    return Published("mxfp4", 32, random, lambda parts, k: gguf.quants.dequantize(parts[0], kind)[:, :k], (0, 0, 1))
+
+
 def _int4_group(group: int, with_zero: bool) -> Published:
     def random(rng: np.random.Generator, n: int, k: int, deviation: float) -> Parts:
         shape = n, _up(k, group) // group
@@ -83,6 +93,7 @@ PUBLISHED = {
         _fp8(),
         _gguf("q4_0", 32, 18, [0], 4.6),
         _gguf("iq4_nl", 32, 18, [0], 68.0),
+        _mxfp4(),
         _gguf("q8_0", 32, 34, [0], 74.0),
         _gguf("q4_k", 256, 144, [0, 2], 250.0),
         _gguf("q5_k", 256, 176, [0, 2], 480.0),

@@ -69,7 +69,7 @@ def test_every_gguf_type(tmp_path, kind) -> None:
         check(GGUF_SHAPE, load(GGUF_SHAPE, method, path), file_weights(GGUF_SHAPE, path))
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "IQ4_NL", "Q5_1", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "IQ4_NL", "MXFP4", "Q5_1", "F16", "BF16", "F32"])
 def test_gguf_types_of_small_blocks_in_ragged_shapes(tmp_path, kind) -> None:
     path = gguf_checkpoint(tmp_path, (kind,) * 3, SMALL_BLOCKS)
     check(SMALL_BLOCKS, load(SMALL_BLOCKS, "LLAMAFILE", path), file_weights(SMALL_BLOCKS, path))
@@ -151,6 +151,7 @@ def test_fp8(tmp_path, form, shape) -> None:
         ("LLAMAFILE", {"gguf_type": "Q4_K"}),
         ("LLAMAFILE", {"gguf_type": "Q8_0"}),
         ("LLAMAFILE", {"gguf_type": "Q4_0"}),
+        ("LLAMAFILE", {"gguf_type": "MXFP4"}),
     ],
 )
 @pytest.mark.parametrize("shape", [ref.Shape(), ref.Shape(hidden=512, inter=256)], ids=["ragged", "whole"])

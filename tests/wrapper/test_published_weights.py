@@ -78,6 +78,7 @@ RULES = [
     ("LLAMAFILE_SFT", {"gguf_type": "Q8_0"}, "q8_0"),
     ("LLAMAFILE", {"gguf_type": "Q8_0"}, "q8_0"),
     ("LLAMAFILE", {"gguf_type": "Q4_0"}, "q4_0"),
+    ("LLAMAFILE", {"gguf_type": "MXFP4"}, "mxfp4"),
 ]
 
 

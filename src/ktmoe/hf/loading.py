@@ -24,8 +24,9 @@ def from_pretrained(
     """Loads a MoE model from a folder or a Hub id; its experts are packed for `method` while they are read.
 
     The checkpoint holds floats, FP8 (DeepSeek-V3, MiniMax-M2, ...), compressed-tensors (Kimi-K2, ...) or MXFP4
-    (GPT-OSS). Methods of one kind (`FP8`, `FP8_SFT`; `RAWINT4`, `AMXINT4_KGroup_SFT`) compute with published experts as
-    they are, the other methods quantise what those stand for. What is not an expert is computed in floats.
+    (GPT-OSS). The methods of a kind (`FP8`, `FP8_SFT`; `RAWINT4`, `AMXINT4_KGroup_SFT`; `LLAMAFILE`, `LLAMAFILE_SFT`)
+    compute with published experts as they are, the other methods quantise what those stand for. What is not an expert
+    is computed in floats.
 
     The packed experts are kept in `~/.cache/ktmoe` and mapped at the next start; cache=False or KTMOE_CACHE=off do not.
     packed=DIR maps a folder made by `ktmoe quantize` instead.

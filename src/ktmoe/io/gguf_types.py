@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GGUF_TYPE_OF = {"q4_0": "Q4_0", "q8_0": "Q8_0", "q4_k": "Q4_K", "q5_k": "Q5_K", "q6_k": "Q6_K", "iq4_nl": "IQ4_NL"}
+GGUF_TYPE_OF = {name: name.upper() for name in ("q4_0", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl", "mxfp4")}
 """The formats of the engine that are GGUF's own bytes, and GGUF's names for them."""
 FLOAT_TYPES = ("F32", "F16", "BF16")
-BLOCK_WEIGHTS = {"q4_0": 32, "q8_0": 32, "q4_k": 256, "q5_k": 256, "q6_k": 256, "iq4_nl": 32}
+BLOCK_WEIGHTS = {"q4_0": 32, "q8_0": 32, "q4_k": 256, "q5_k": 256, "q6_k": 256, "iq4_nl": 32, "mxfp4": 32}
 """Weights of a block of each format; a row is padded with zeros to whole blocks."""
 
 

@@ -6,7 +6,7 @@
     int4_g{32,64,128}z  the same, and uint8 zeros 0..15 [n, kp/g]; w = (nibble - zero) * scale
     fp8                 uint8 [n, k], the bits of e4m3fn; fp32 scales [n, ceil(k/128)]; w = value * scale
     q4_0 q8_0 q4_k      uint8 [n, bytes of a row], exactly as GGUF stores a row of kp
-    q5_k q6_k iq4_nl
+    q5_k q6_k iq4_nl mxfp4
 
     int8                int8 [n, k]; fp32 scales [n]; w = value * scale; comes out of the engine alone
 
@@ -29,6 +29,7 @@ from .q4_k import quantize_q4_k
 FP8_BLOCK = 128
 INT4_GROUPS = {f"int4_g{group}{zero}": group for zero in ("", "z") for group in (32, 64, 128)}
 _FP8_MAX = 448.0
+_E2M1 = torch.tensor([sign * m for sign in (1.0, -1.0) for m in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,6 +151,7 @@ _QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "q8_0": lambda weights: _gguf(weights, "q8_0"),
     "q4_0": lambda weights: _gguf(weights, "q4_0"),
     "q4_k": lambda weights: _gguf(weights, "q4_k"),
+    "mxfp4": lambda weights: _gguf(weights, "mxfp4"),
 }
 
 
@@ -178,8 +180,18 @@ def dequantize(matrix: PublishedMatrix) -> Tensor:
     if matrix.format == "fp8":
         bits, scales = matrix.parts
         return bits.view(torch.float8_e4m3fn).float() * scales.repeat_interleave(FP8_BLOCK, 1)[:, :k]
+    if matrix.format == "mxfp4":
+        return _from_mxfp4(matrix.parts[0])[:, :k].contiguous()
     kind = gguf().GGMLQuantizationType[GGUF_TYPE_OF[matrix.format]]
     return dequantize_rows(matrix.parts[0], kind)[:, :k].contiguous()
+
+
+def _from_mxfp4(rows: Tensor) -> Tensor:
+    """fp32 [n, kp]. Safetensors files have this format too, so it is read without the package gguf."""
+    blocks = rows.view(rows.shape[0], -1, 17)
+    exponents, codes = blocks[..., :1], blocks[..., 1:]
+    powers = torch.where(exponents == 255, torch.nan, torch.exp2(exponents.float() - 127))
+    return (_E2M1[torch.cat((codes & 15, codes >> 4), 2).long()] * powers).flatten(1)
 
 
 def convert(matrix: PublishedMatrix, format: str) -> PublishedMatrix:

@@ -20,7 +20,7 @@ class Source(ABC):
     """
 
     kind: str
-    """ "bf16", "int4", "fp8" or "gguf"."""
+    """ "bf16", "int4", "fp8", "gguf" or "mxfp4"."""
     n_experts: int
     """Experts that the files hold for this layer."""
     formats: tuple[str, str]
