@@ -6,7 +6,7 @@ from hostile_files import save_sharded
 
 from ktmoe import KTMoEWrapper
 from ktmoe.errors import WeightFileError
-from ktmoe.io.published import PublishedExpert, PublishedMatrix, dequantize
+from ktmoe.io.published import PublishedExpert, PublishedMatrix, dequantize, quantize
 from ktmoe.io.sources import open_source
 from ktmoe.methods import METHODS
 
@@ -68,6 +68,20 @@ def test_every_code_and_scale(scale) -> None:
         assert torch.equal(values, torch.from_numpy(want.copy()))
     elif scale == 255:
         assert values.isnan().all()
+
+
+def test_quantised_as_gguf_does() -> None:
+    gguf = pytest.importorskip("gguf")
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(64, 320, generator=g) * torch.exp2(torch.randint(-20, 20, (64, 1), generator=g).float())
+    weights[0] = 0
+    weights[1] = torch.arange(320) % 33 / 4 - 4  # halfway between two levels
+    weights[2, :32] *= 2.0**-100
+    weights = weights.bfloat16().float()
+    want = gguf.quants.quantize(weights.numpy(), gguf.GGMLQuantizationType.MXFP4)
+    assert torch.equal(quantize(weights, "mxfp4").parts[0], torch.from_numpy(want.view("uint8").copy()))
+    weights[3, 40] = torch.inf
+    assert quantize(weights, "mxfp4").parts[0][3, 17] == 255
 
 
 @pytest.mark.parametrize("scale", [0, 1, 2, 3, 26, 127, 252])

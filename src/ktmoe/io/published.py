@@ -29,6 +29,7 @@ from .q4_k import quantize_q4_k
 FP8_BLOCK = 128
 INT4_GROUPS = {f"int4_g{group}{zero}": group for zero in ("", "z") for group in (32, 64, 128)}
 _FP8_MAX = 448.0
+_BETWEEN_E2M1 = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 _E2M1 = torch.tensor([sign * m for sign in (1.0, -1.0) for m in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
 
 
@@ -143,6 +144,19 @@ def _gguf(weights: Tensor, format: str) -> tuple[Tensor]:
     return (quantize_rows(padded, gguf().GGMLQuantizationType[GGUF_TYPE_OF[format]]),)
 
 
+def _mxfp4(weights: Tensor) -> Tensor:
+    """The rule of OCP and gguf: the power of two of the largest weight / 4, nearest e2m1. NaN as in `_int4`."""
+    blocks = _padded(weights, 32).view(weights.shape[0], -1, 32)
+    largest = blocks.abs().amax(2, keepdim=True)
+    exponents = torch.frexp(largest).exponent + (127 - 1 - 2)
+    exponents = torch.where(largest > 0, exponents.clamp(min=0), 0)
+    levels = torch.ldexp(blocks.abs(), 127 - exponents)
+    codes = torch.bucketize(levels, _BETWEEN_E2M1).to(torch.uint8)
+    codes += 8 * ((codes > 0) & (blocks < 0)).to(torch.uint8)
+    exponents = torch.where(torch.isfinite(largest), exponents, 255).to(torch.uint8)
+    return torch.cat((exponents, codes[..., :16] | codes[..., 16:] << 4), 2).flatten(1)
+
+
 _QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "bf16": lambda weights: (weights.to(torch.bfloat16),),
     **{f"int4_g{g}": functools.partial(_int4, group=g) for g in (32, 64, 128)},
@@ -151,7 +165,7 @@ _QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
     "q8_0": lambda weights: _gguf(weights, "q8_0"),
     "q4_0": lambda weights: _gguf(weights, "q4_0"),
     "q4_k": lambda weights: _gguf(weights, "q4_k"),
-    "mxfp4": lambda weights: _gguf(weights, "mxfp4"),
+    "mxfp4": lambda weights: (_mxfp4(weights),),
 }
 
 
