@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from hf.test_hf_models import BF16_ROUNDOFF, logits, token_errors
 from hf.tiny_models import make_checkpoint, tokens
 from published_files import FP8_FORMS, fp8_expand, fp8_scales, pack_int4
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ktmoe.hf import from_pretrained, ktmoe_layers, lora_config
-from ktmoe.hf.quantised import floats_beside_experts
+from ktmoe.hf.experts_on_disk import QuantisedExperts
+from ktmoe.hf.quantised import floats_beside_experts, take_quantization
+from ktmoe.hf.structure import find_experts
 
 GROUP = 32
 INT4 = {
@@ -171,6 +174,41 @@ def test_fp8_scales_that_do_not_fit() -> None:
     inputs = {"weight": [parts[".weight"]], "weight_scale_inv": [torch.ones(3, 2)]}
     with pytest.raises(ValueError, match=r"scales of shape \[3, 2\], which do not fit a matrix \[256, 256\]"):
         converter.operations[0].convert(inputs, full_layer_name="q_proj.weight", model=model)
+
+
+def test_fp8_without_scales() -> None:
+    """A loader that took the codes for numbers would be wrong by orders of magnitude, without a word."""
+    (converter,) = floats_beside_experts(None, FP8)
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(256, 256)})
+    (operation,) = converter.operations
+    codes = torch.zeros(256, 256).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"q_proj\.weight: got FP8 without scales"):
+        operation.convert({"weight": [codes]}, full_layer_name="q_proj.weight", model=model)
+    plain = torch.randn(256, 256).bfloat16()
+    (result,) = operation.convert({"weight": [plain]}, full_layer_name="q_proj.weight", model=model).values()
+    assert torch.equal(result, plain.float())
+
+
+def test_an_experts_module_without_a_layer_number(tmp_path: Path) -> None:
+    (spec, *_) = find_experts(AutoModelForCausalLM.from_config(config_of(tmp_path)), config_of(tmp_path))
+    with pytest.raises(ValueError, match=r"cannot tell which layer of the files model\.extra\.experts is"):
+        QuantisedExperts(tmp_path).open(replace(spec, name="model.extra.experts"))
+
+
+def config_of(folder: Path) -> Any:
+    if not (folder / "config.json").exists():
+        make_checkpoint("qwen3_moe", folder)
+    return AutoConfig.from_pretrained(folder)
+
+
+def test_a_config_object_that_says_its_kind_by_an_enumeration() -> None:
+    from transformers import FineGrainedFP8Config, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(quantization_config=FineGrainedFP8Config())
+    found = take_quantization(config, "model")
+    assert found is not None
+    assert found["quant_method"] == "fp8"
+    assert getattr(config, "quantization_config", None) is None
 
 
 @pytest.mark.parametrize(

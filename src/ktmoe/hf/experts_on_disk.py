@@ -64,12 +64,14 @@ class _PlainSource(Source):
 
 
 class QuantisedExperts:
-    """Experts as they were published (FP8, int4, MXFP4), found by their tensors' names."""
+    """Experts as they were published (FP8, int4, MXFP4), found by the number of the layer in their tensors' names."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = str(folder)
 
     def open(self, spec: ExpertsSpec) -> Source:
+        if str(spec.layer_idx) not in spec.name.split("."):
+            raise WeightFileError(f"{self._folder}: cannot tell which layer of the files {spec.name} is")
         source = open_source(self._folder, spec.layer_idx, spec.hidden, spec.inter, gated=spec.gated)
         try:
             self._check(spec, source)

@@ -28,7 +28,8 @@ def take_quantization(config: Any, name: str) -> dict[str, Any] | None:
         if found is None:
             continue
         found = dict(found) if isinstance(found, dict) else found.to_dict()
-        kind = str(found.get("quant_method"))
+        kind = found.get("quant_method")
+        kind = found["quant_method"] = str(getattr(kind, "value", kind))  # of an enumeration in config objects
         if kind != QUANT_METHOD:
             if kind not in KINDS:
                 raise ValueError(
@@ -78,6 +79,8 @@ class _Fp8ToFloats(ConversionOps):
         tensors = {name: t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
         weight = tensors["weight"]
         scales = tensors.get("weight_scale_inv", tensors.get("weight_scale"))
+        if scales is None and weight.dtype is torch.float8_e4m3fn:
+            raise ValueError(f"{full_layer_name}: got FP8 without scales beside it")
         if scales is not None:
             if weight.dim() != 2:
                 raise ValueError(f"{full_layer_name}: got FP8 of shape {list(weight.shape)}, expected a matrix")
