@@ -66,7 +66,7 @@ struct Mxfp4Format : Gguf4Bit<128> {
   static constexpr const char* name = "mxfp4";
   static constexpr RawPart parts[] = {{32, 17}};
   static constexpr std::int8_t levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-  static constexpr std::int8_t zero = 12, from_zero[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // levels + zero
+  static constexpr std::int8_t zero = 12;  // levels + zero are 0 .. 24
   static constexpr bool exponents = true;
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {

@@ -12,7 +12,7 @@ struct BlockDot {
   using I = typename V::I;
   static constexpr int kGroup = V::kRows > 8 ? 8 : 4;
   static constexpr int kMostRows = 16;  // more rows pay for unpacking the weights, and their activations stay exact
-  static constexpr bool kFromZero = requires { Fmt::from_zero; };
+  static constexpr bool kFromZero = requires { Fmt::zero; };
   static constexpr bool kUnsigned = Fmt::bits < 8 && (kFromZero || !HasLevels<Fmt>);  // levels 0 .. 63 that maddubs takes
   using Signed = std::conditional_t<V::kVnni, Int8VnniDot<V>, std::conditional_t<V::kSignedBytes, Int8SignDot<V>, Int8PairDot<V>>>;
   static constexpr int kSpanWords = kUnsigned ? 8 : 8 * Signed::words;
@@ -129,8 +129,8 @@ struct BlockDot {
         const I low = V::and_i(word, 0x0f0f0f0f), high = V::and_i(V::template shr<4>(word), 0x0f0f0f0f);
         constexpr bool kFirst = row == 0 || (kHalves && row == 2);
         if constexpr (kFromZero) {
-          unsigned_products<R, kFirst, row>(tile, span, V::lookup_bytes(low, Fmt::from_zero), V::lookup_bytes(high, Fmt::from_zero),
-                                            x + 2 * row * R, part);
+          unsigned_products<R, kFirst, row>(tile, span, V::lookup_bytes(low, kLevelsFromZero<Fmt>.at),
+                                            V::lookup_bytes(high, kLevelsFromZero<Fmt>.at), x + 2 * row * R, part);
         } else if constexpr (HasLevels<Fmt>) {
           signed_products<R>(V::lookup_bytes(low, Fmt::levels), x + 2 * row * Signed::words * R, part);
           signed_products<R>(V::lookup_bytes(high, Fmt::levels), x + (2 * row + 1) * Signed::words * R, part);

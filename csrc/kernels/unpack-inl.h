@@ -23,6 +23,16 @@ struct LevelFloats {
 };
 template <HasLevels Fmt>
 inline constexpr LevelFloats<Fmt> kLevelFloats;
+// The same as bytes that are never negative, of a format that says how far down its levels go.
+template <HasLevels Fmt>
+struct LevelsFromZero {
+  std::int8_t at[16];
+  constexpr LevelsFromZero() : at{} {
+    for (int i = 0; i < 16; ++i) at[i] = static_cast<std::int8_t>(Fmt::levels[i] + Fmt::zero);
+  }
+};
+template <HasLevels Fmt>
+inline constexpr LevelsFromZero<Fmt> kLevelsFromZero;
 inline constexpr float kNibbles[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Weights of a block format, 16 columns at a time, span by span: a span is 32 consecutive k, what one bf16 tile holds.
@@ -66,18 +76,15 @@ struct BlockWeights {
     } else if constexpr (std::is_same_v<Fmt, Fp8Format>) {
       s.scale[0] = s.scale[1] = V::load(reinterpret_cast<const float*>(tile));
     } else if constexpr (requires { Fmt::exponents; }) {
-      const I row = V::load_i(tile_word(tile, 0, 0));
-      const I e = span < 2 ? (span == 0 ? row : V::template shr<8>(row)) : span == 2 ? V::template shr<16>(row) : V::template shr<24>(row);
-      s.scale[0] = s.scale[1] = V::mul(V::as_f(V::template shl<23>(V::and_i(e, 255))), V::set(0.5f));
+      const I e = byte_at(V::load_i(tile_word(tile, 0, 0)), span);
+      s.scale[0] = s.scale[1] = V::mul(V::as_f(V::template shl<23>(e)), V::set(0.5f));
       s.shift = V::mul(s.scale[0], V::set(Fmt::zero));
     } else {  // a half-width scale for each block
       const std::byte* at = half_at(tile, 0, 32 * span / Fmt::block, 0);
       constexpr bool kBf16 = std::size(Fmt::parts) > 1;
       s.scale[0] = s.scale[1] = kBf16 ? V::load_bf16(reinterpret_cast<const bf16*>(at)) : V::load_f16(at);
       if constexpr (requires { Fmt::zero_row; }) {
-        const int group = 32 * span / Fmt::block;
-        const I row = V::load_i(tile_word(tile, Fmt::zero_row, 0)), pair = group & 2 ? V::template shr<16>(row) : row;
-        s.shift = V::mul(s.scale[0], group & 1 ? byte_of<1>(pair) : byte_of<0>(pair));
+        s.shift = V::mul(s.scale[0], V::to_f(byte_at(V::load_i(tile_word(tile, Fmt::zero_row, 0)), 32 * span / Fmt::block)));
       } else if constexpr (Fmt::bits == 4 && !HasLevels<Fmt>) {
         s.shift = V::mul(s.scale[0], V::set(8.0f));
       }
@@ -95,6 +102,12 @@ struct BlockWeights {
   template <int i>
   static inline __attribute__((always_inline)) F byte_of(I row) {
     return V::to_f(V::and_i(V::template shr<8 * i>(row), 255));
+  }
+
+  // Byte i of each word.
+  static inline __attribute__((always_inline)) I byte_at(I row, int i) {
+    const I pair = i & 2 ? V::template shr<16>(row) : row;
+    return V::and_i(i & 1 ? V::template shr<8>(pair) : pair, 255);
   }
 
   // Where levels are found or made several k at once, the compiler shares that among them.

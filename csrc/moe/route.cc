@@ -36,10 +36,11 @@ RoutePlan::RoutePlan(const MoeConfig& config, const Routing& routing, int block_
   }
   for (std::size_t e = 0; e < static_cast<std::size_t>(config.n_experts); ++e) {
     const int begin = next[e], rows = next[e + 1];
-    if (rows > 0) expert_blocks.push_back(static_cast<int>(blocks.size()));
-    const int even = round_up(ceil_div(rows, std::max(1, ceil_div(rows, block_rows))), kRowsOfATile);
-    for (int r = 0; r < rows; r += even) blocks.push_back({static_cast<int>(e), begin + r, std::min(even, rows - r)});
     next[e + 1] += begin;
+    if (rows == 0) continue;
+    expert_blocks.push_back(static_cast<int>(blocks.size()));
+    const int even = round_up(ceil_div(rows, ceil_div(rows, block_rows)), kRowsOfATile);
+    for (int r = 0; r < rows; r += even) blocks.push_back({static_cast<int>(e), begin + r, std::min(even, rows - r)});
   }
   expert_blocks.push_back(static_cast<int>(blocks.size()));
 

@@ -115,15 +115,15 @@ class BaseMoEWrapper(PackedWeights):
 
     def _formats_of(self, source: Source) -> tuple[str, str]:
         """Formats in which weights of `source` are handed over: their own where the method computes with them."""
-        if self._row.published and self._row.computes_with(source.kind):
+        if not self._row.published or source.kind == "bf16":
+            return self._own_formats()
+        if self._row.computes_with(source.kind):
             return source.formats
-        if self._row.published and source.kind != "bf16":
-            path = self.weight_path or "the checkpoint"
-            raise WeightFileError(
-                f"{path}, layer {self.layer_idx}: holds {source.kind} experts, which method {self.method} "
-                f"does not read; method {method_for(source.kind, self.mode)} does"
-            )
-        return self._own_formats()
+        path = self.weight_path or "the checkpoint"
+        raise WeightFileError(
+            f"{path}, layer {self.layer_idx}: holds {source.kind} experts, which method {self.method} "
+            f"does not read; method {method_for(source.kind, self.mode)} does"
+        )
 
     def adopt_formats(self, source: Source) -> None:
         """Makes the layer, without weights, fit a source: published formats stay what they are in the files."""

@@ -12,7 +12,7 @@ from ktmoe import cache
 from ktmoe.errors import WeightFileError
 from ktmoe.hf.experts import KTExperts
 from ktmoe.hf.experts_on_disk import ExpertsOnDisk
-from ktmoe.hf.streaming import roles_of
+from ktmoe.hf.streaming import biases_of
 from ktmoe.io.fingerprint import fingerprint, folder_fingerprint
 from ktmoe.io.packed_dir import packed_file_of, read_packed_index
 from ktmoe.io.packed_file import PackedInfo, layer_file
@@ -101,7 +101,7 @@ class ExpertCache:
             return False
         path = self._path(layer)
         try:
-            biases = [role for role in roles_of(layer.spec) if role.endswith("_bias")]
+            biases = biases_of(layer.spec)
             pack_layer(layer.backend.packer(), read, self._info(layer), path, progress, biases=biases)
         except OSError as error:
             return self._give_up(error)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ktmoe.base_weights import BIAS_NAMES
+from torch import Tensor
+
 from ktmoe.errors import WeightFileError
 from ktmoe.hf.checkpoint import CheckpointFiles
-from ktmoe.hf.streaming import plan_checkpoint, read_expert, roles_of
+from ktmoe.hf.streaming import biases_of, plan_checkpoint, read_expert
 from ktmoe.hf.structure import ExpertsSpec
 from ktmoe.io.published import PublishedExpert, PublishedMatrix
 from ktmoe.io.source import Source
@@ -56,6 +57,9 @@ class _PlainSource(Source):
     def read(self, expert: int) -> tuple[PublishedMatrix | None, ...]:
         return self._read(expert).matrices
 
+    def biases(self, expert: int) -> dict[str, Tensor]:
+        return dict(self._read(expert).biases)
+
     def read_expert(self, expert: int) -> PublishedExpert:
         return self._read(expert)
 
@@ -87,6 +91,6 @@ class QuantisedExperts:
         where = f"{self._folder}, layer {spec.layer_idx}"
         if source.n_experts != spec.n_experts:
             raise WeightFileError(f"{where}: got {source.n_experts} experts, but {spec.name} has {spec.n_experts}")
-        expected = [name for name in BIAS_NAMES if name in roles_of(spec)]
-        if (found := sorted(source.biases(0))) != sorted(expected):
+        expected = sorted(biases_of(spec))
+        if (found := sorted(source.biases(0))) != expected:
             raise WeightFileError(f"{where}: got the biases {found}, but {spec.name} has {expected}")

@@ -42,13 +42,13 @@ def from_pretrained(
     if "quantization_config" in kwargs:
         raise ValueError("from_pretrained makes its own quantization_config; choose the format with method=...")
     engine = {key: kwargs.pop(key) for key in _ENGINE_KEYS if key in kwargs}
-    KTMoEConfig(method, **engine)  # its errors come first
+    settings = KTMoEConfig(method, **engine)
     config = kwargs.pop("config", None)
     if config is None:
         # trust_remote_code is passed on only if the caller said so.
         config_keys = (*_CONFIG_KEYS, "trust_remote_code")
         config = AutoConfig.from_pretrained(model, **{key: kwargs[key] for key in config_keys if key in kwargs})
-    settings = KTMoEConfig(method, **engine, checkpoint=take_quantization(config, str(model)))
+    settings.checkpoint = take_quantization(config, str(model))
     model_class = AutoModelForCausalLM if model_class is None else model_class
     loaded = model_class.from_pretrained(model, config=config, quantization_config=settings, **kwargs)
     result = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True

@@ -64,7 +64,7 @@ def floats_beside_experts(quantizer: Any, checkpoint: dict[str, Any] | None) -> 
 
 class _Fp8ToFloats(ConversionOps):
     """One weight in 8-bit floats and its scales, in any form that `ktmoe.io.fp8` knows, edges that are no whole block
-    among them. Weights without scales pass."""
+    among them. Weights in other floats pass."""
 
     NAMES = ("weight", "weight_scale_inv", "weight_scale", "activation_scale", "input_scale")
 

@@ -39,6 +39,11 @@ def roles_of(spec: ExpertsSpec) -> list[str]:
     return [role for name in (*spec.stacks, *spec.biases) for role in _FUSED_ROLES[name]]
 
 
+def biases_of(spec: ExpertsSpec) -> list[str]:
+    """Those of `roles_of` that are biases."""
+    return [role for role in roles_of(spec) if role.endswith("_bias")]
+
+
 class TensorSource(Protocol):
     """Where tensors come from: one tensor of a known shape, or entry `index` of a fused stack, by its name."""
 
@@ -165,9 +170,8 @@ def read_expert(spec: ExpertsSpec, plan: Plan, source: TensorSource, expert: int
             return stored[piece.key][piece.part :: piece.parts]
         return stored[piece.key].chunk(piece.parts)[piece.part]
 
-    roles = roles_of(spec)
-    gate = read("gate") if "gate" in roles else None
-    biases = {role: read(role) for role in roles if role.endswith("_bias")}
+    gate = read("gate") if "gate" in roles_of(spec) else None
+    biases = {role: read(role) for role in biases_of(spec)}
     return plain_expert(gate, read("up"), read("down"), **biases)
 
 

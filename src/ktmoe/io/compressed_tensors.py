@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightFileError
-from .experts import Group, count_experts, roles_of, separate_biases
+from .experts import Group, count_experts, projections_of, separate_biases
 from .published import PublishedMatrix, blocks_along
 from .safetensors_dir import SafetensorsDir
 from .source import Source
@@ -42,7 +42,7 @@ class CompressedTensorsSource(Source):
         self._shapes = {"gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter)}
         self._refuse_what_is_not_built()
         self.n_experts = count_experts(folder, group, layer, gated)
-        self._groups = {p: self._group_size(0, p) for p in roles_of(gated)}
+        self._groups = {p: self._group_size(0, p) for p in projections_of(gated)}
         if gated and self._groups["gate"] != self._groups["up"]:
             raise WeightFileError(
                 f"{folder.folder}, layer {layer}: gate has groups of {self._groups['gate']} and up of "

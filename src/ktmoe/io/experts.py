@@ -81,7 +81,7 @@ class ExpertSource(Source):
         self._group = group
         self._hidden = hidden
         self._inter = inter
-        self._roles = roles_of(gated)
+        self._roles = projections_of(gated)
         self._first = "gate_up_proj" if gated else "up_proj"
         self.n_experts = count_experts(folder, group, layer, gated)
         """Experts that the files hold for this layer."""
@@ -126,19 +126,29 @@ class ExpertSource(Source):
 
     def biases(self, expert: int) -> dict[str, Tensor]:
         """gate_bias, up_bias [inter] and down_bias [hidden] of one expert, fp32; empty if there are none."""
-        h, i, fused = self._hidden, self._inter, self._group.fused
-        if f"{self._first}_bias" in fused:
-            n, width = self.n_experts, (len(self._roles) - 1) * i
-            first = self._folder.read(fused[f"{self._first}_bias"], (n, width), expert).float()
-            down = self._folder.read(fused["down_proj_bias"], (n, h), expert).float()
-            gate, up = self._split(first)
-            return ({} if gate is None else {"gate_bias": gate}) | {"up_bias": up, "down_bias": down}
-        return separate_biases(self._folder, self._group, expert, h, i)
+        if f"{self._first}_bias" in self._group.fused:
+            return fused_biases(self._folder, self._group, expert, self.n_experts, self._hidden, self._inter)
+        return separate_biases(self._folder, self._group, expert, self._hidden, self._inter)
 
 
-def roles_of(gated: bool) -> tuple[str, ...]:
+def projections_of(gated: bool) -> tuple[str, ...]:
     """The projections of an expert."""
     return PROJECTIONS if gated else PROJECTIONS[1:]
+
+
+def fused_biases(
+    folder: SafetensorsDir, group: Group, expert: int, n_experts: int, hidden: int, inter: int
+) -> dict[str, Tensor]:
+    """The "..._bias" stacks of one expert, as `Source.biases` gives them; those of gate and up alternate."""
+
+    def read(stack: str, n: int) -> Tensor:
+        return folder.read(group.fused[f"{stack}_bias"], (n_experts, n), expert).float()
+
+    down = {"down_bias": read("down_proj", hidden)}
+    if "gate_up_proj_bias" not in group.fused:
+        return {"up_bias": read("up_proj", inter)} | down
+    first = read("gate_up_proj", 2 * inter)
+    return {"gate_bias": first[0::2], "up_bias": first[1::2]} | down
 
 
 def separate_biases(folder: SafetensorsDir, group: Group, expert: int, hidden: int, inter: int) -> dict[str, Tensor]:
@@ -151,7 +161,7 @@ def separate_biases(folder: SafetensorsDir, group: Group, expert: int, hidden: i
 def count_experts(folder: SafetensorsDir, group: Group, layer: int, gated: bool = True) -> int:
     """Experts of a group. WeightFileError if there are gaps among the weights, or gates where there should be none."""
     where = f"{folder.folder}, layer {layer}"
-    roles = roles_of(gated)
+    roles = projections_of(gated)
     if group.fused:
         return _count_fused(folder, group, where, "gate_up_proj" if gated else "up_proj")
     weights = group.beside.get("packed") or group.separate

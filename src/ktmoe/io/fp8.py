@@ -51,7 +51,7 @@ class Fp8Source(Source):
         self._hidden, self._inter = hidden, inter
         self._gated = gated
         self.n_experts = count_experts(folder, group, layer, gated)
-        if group.fused.keys() & {f"{role}_bias" for role in ("gate_up_proj", "up_proj", "down_proj")}:
+        if any(role.endswith("_bias") for role in group.fused):
             raise WeightFileError(f"{folder.folder}, layer {layer}: fused FP8 experts with biases are not read")
 
     def close(self) -> None:
@@ -62,8 +62,8 @@ class Fp8Source(Source):
         """gate (None without one), up [inter, hidden] and down [hidden, inter] of one expert."""
         h, i = self._hidden, self._inter
         if not self._group.fused:
-            gate = _matrix(*self._separate(expert, "gate", i, h)) if self._gated else None
-            return gate, _matrix(*self._separate(expert, "up", i, h)), _matrix(*self._separate(expert, "down", h, i))
+            gate = self._separate(expert, "gate", i, h) if self._gated else None
+            return gate, self._separate(expert, "up", i, h), self._separate(expert, "down", h, i)
         down = _matrix(*self._fused("down_proj", expert, h, i))
         if not self._gated:
             return None, _matrix(*self._fused("up_proj", expert, i, h)), down
@@ -74,7 +74,7 @@ class Fp8Source(Source):
         """See `Source`."""
         return separate_biases(self._folder, self._group, expert, self._hidden, self._inter)
 
-    def _separate(self, expert: int, projection: str, n: int, k: int) -> tuple[Tensor, Tensor]:
+    def _separate(self, expert: int, projection: str, n: int, k: int) -> PublishedMatrix:
         name = self._group.separate[expert, projection]
         codes = self._folder.read(name, (n, k), dtypes=_CODE_DTYPES)
         beside = self._group.beside.get("scale_inv") or self._group.beside["scale"]
@@ -84,7 +84,7 @@ class Fp8Source(Source):
         shape = self._folder.entry(scale).shape
         if _form(shape, n, k) is None:
             raise self._wrong_shape(scale, shape, n, k)
-        return codes, _per_row(self._folder.read(scale, shape, dtypes=_SCALE_DTYPES), n, k)
+        return fp8_matrix(codes, self._folder.read(scale, shape, dtypes=_SCALE_DTYPES))
 
     def _fused(self, role: str, expert: int, n: int, k: int) -> tuple[Tensor, Tensor]:
         experts = self.n_experts

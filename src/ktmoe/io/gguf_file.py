@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightFileError
-from .experts import roles_of
+from .experts import projections_of
 from .gguf_header import GgufEntry, read_header, stamp_of
 from .gguf_types import FLOAT_TYPES, GGUF_TYPE_OF, can_dequantize, dequantize_rows, gguf
 from .index_json import open_regular
@@ -34,6 +34,10 @@ _SUFFIX = ".gguf"
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 _FORMAT_OF = {kind: format for format, kind in GGUF_TYPE_OF.items()} | dict.fromkeys(FLOAT_TYPES, "bf16")
 _FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+_Tensors = dict[str, tuple[str, GgufEntry]]  # name -> file and entry
+_Stack = tuple[str, str, GgufEntry]  # file, name and entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class GgufSource(Source):
         self._where = f"{path}, layer {layer}"
         self._hidden, self._inter = hidden, inter
         self._layer = layer
-        self._roles = roles_of(gated)
+        self._roles = projections_of(gated)
         self._tensors, self._biases, stamps = _tensors_of(_files_of(path), layer)
         if gates := [name for name in self._tensors | self._biases if not gated and ".ffn_gate" in name]:
             raise WeightFileError(f"{self._where}: {gates[0]} is a gate, but the layer has experts without one")
@@ -87,7 +91,7 @@ class GgufSource(Source):
         gate_up = {self._piece(e, p).type for e in experts for p in self._roles[:-1]}
         self.formats = (_common_format(gate_up), _common_format({self._piece(e, "down").type for e in experts}))
         """Formats of gate/up and of down."""
-        self._bias_names = self._find_biases()
+        self._bias_stacks = self._find_biases()
         self._open: dict[str, int] = {}
         try:
             for file in {file for file, _ in (*self._tensors.values(), *self._biases.values())}:
@@ -116,8 +120,8 @@ class GgufSource(Source):
     def biases(self, expert: int) -> dict[str, Tensor]:
         """See `Source`."""
         found = {}
-        for role, name in self._bias_names.items():
-            piece = self._slice(*self._biases[name], name, role, expert)
+        for role, stack in self._bias_stacks.items():
+            piece = self._slice(stack, role, expert)
             found[f"{role}_bias"] = self._pread(piece).view(_FLOAT_DTYPES[piece.type]).float()
         return found
 
@@ -143,14 +147,20 @@ class GgufSource(Source):
     def _old_name(self, expert: int, projection: str) -> str:
         return f"blk.{self._layer}.ffn_{projection}.{expert}.weight"
 
-    def _stack(self, projection: str) -> tuple[str, str, GgufEntry]:
-        """File, name and entry of the stack that holds this projection."""
-        names = [n for n in self._tensors if n.endswith(f".ffn_{projection}_exps.weight")]
-        if projection != "down":
-            names += [n for n in self._tensors if n.endswith(".ffn_gate_up_exps.weight")]
-        if not names:
+    def _stack(self, projection: str) -> _Stack:
+        """The stack that holds the weights of this projection."""
+        found = self._stack_in(self._tensors, projection, "weight")
+        if found is None:
             raise WeightFileError(f"{self._where}: there is no ffn_{projection}_exps.weight")
-        return self._tensors[names[0]][0], names[0], self._tensors[names[0]][1]
+        return found
+
+    def _stack_in(self, tensors: _Tensors, projection: str, what: str) -> _Stack | None:
+        """The stack of this projection alone, or else that of gate and up together."""
+        for stack in (projection,) if projection == "down" else (projection, "gate_up"):
+            name = f"blk.{self._layer}.ffn_{stack}_exps.{what}"
+            if name in tensors:
+                return tensors[name][0], name, tensors[name][1]
+        return None
 
     def _piece(self, expert: int, projection: str) -> _Piece:
         n, k = (self._hidden, self._inter) if projection == "down" else (self._inter, self._hidden)
@@ -161,30 +171,30 @@ class GgufSource(Source):
             return _Piece(file, name, entry.type, entry.offset, entry.nbytes)
         file, name, entry = self._stack(projection)
         self._check(file, name, entry, (self.n_experts, _halves(name) * n, k))
-        return self._slice(file, entry, name, projection, expert)
+        return self._slice((file, name, entry), projection, expert)
 
-    def _slice(self, file: str, entry: GgufEntry, name: str, projection: str, expert: int) -> _Piece:
+    def _slice(self, stack: _Stack, projection: str, expert: int) -> _Piece:
         """What of a stack belongs to one projection of one expert."""
+        file, name, entry = stack
         halves = _halves(name)
         nbytes = entry.nbytes // (self.n_experts * halves)
         half = 1 if halves == 2 and projection == "up" else 0
         return _Piece(file, name, entry.type, entry.offset + (expert * halves + half) * nbytes, nbytes)
 
-    def _find_biases(self) -> dict[str, str]:
-        """Projection -> the stack of biases that has its own."""
+    def _find_biases(self) -> dict[str, _Stack]:
+        """Projection -> the stack that holds its biases, of those that have any."""
         found = {}
         for projection in self._roles:
-            own, fused = (f"blk.{self._layer}.ffn_{p}_exps.bias" for p in (projection, "gate_up"))
-            name = fused if projection != "down" and own not in self._biases else own
-            if name not in self._biases:
+            stack = self._stack_in(self._biases, projection, "bias")
+            if stack is None:
                 continue
-            file, entry = self._biases[name]
+            file, name, entry = stack
             n = self._hidden if projection == "down" else self._inter
             self._check(file, name, entry, (self.n_experts, _halves(name) * n))
             if entry.type not in FLOAT_TYPES:
                 expected = ", ".join(FLOAT_TYPES)
                 raise WeightFileError(f"{file}: tensor {name!r}: got {entry.type}, expected one of {expected}")
-            found[projection] = name
+            found[projection] = stack
         return found
 
     def _check(self, file: str, name: str, entry: GgufEntry, shape: tuple[int, ...]) -> None:
@@ -262,9 +272,6 @@ def _files_of(path: str) -> list[str]:
     if missing:
         raise WeightFileError(f"{missing[0]}: is missing ({len(missing)} of the {count} files of this model)")
     return files
-
-
-_Tensors = dict[str, tuple[str, GgufEntry]]
 
 
 def _tensors_of(files: list[str], layer: int) -> tuple[_Tensors, _Tensors, dict[str, tuple[int, ...]]]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightFileError
-from .experts import Group
+from .experts import Group, fused_biases
 from .gguf_types import BLOCK_WEIGHTS
-from .published import PublishedMatrix, blocks_along, unpack_nibbles
+from .published import PublishedMatrix, blocks_along, mxfp4_rows, unpack_nibbles
 from .safetensors_dir import SafetensorsDir
 from .source import Source
 
@@ -30,16 +30,21 @@ class Mxfp4Source(Source):
     kind = "mxfp4"
     formats = ("mxfp4", "mxfp4")
 
-    def __init__(self, folder: SafetensorsDir, group: Group, layer: int, hidden: int, inter: int) -> None:
+    def __init__(
+        self, folder: SafetensorsDir, group: Group, layer: int, hidden: int, inter: int, gated: bool = True
+    ) -> None:
+        where = f"{folder.folder}, layer {layer}"
+        if not gated:
+            raise WeightFileError(f"{where}: MXFP4 experts have a gate, but the layer has none")
         self._folder = folder
+        self._group = group
         self._names = {**group.mxfp4, **group.fused}
         self._hidden, self._inter = hidden, inter
         self._biased = any(part in _BIASES for part in self._names)
         needed = _PARTS + (_BIASES if self._biased else ())
         if missing := [part for part in needed if part not in self._names]:
-            raise WeightFileError(f"{folder.folder}, layer {layer}: MXFP4 experts have no {missing[0]}")
+            raise WeightFileError(f"{where}: MXFP4 experts have no {missing[0]}")
         if surplus := [part for part in self._names if part not in needed]:
-            where = f"{folder.folder}, layer {layer}"
             raise WeightFileError(f"{where}: MXFP4 experts have a {surplus[0]}, which does not belong beside blocks")
         shape = folder.entry(self._names["down_proj_scales"]).shape
         self.n_experts = shape[0] if shape else 0
@@ -57,17 +62,14 @@ class Mxfp4Source(Source):
         return tuple(PublishedMatrix("mxfp4", (rows.contiguous(),), shape) for rows, shape in matrices)
 
     def biases(self, expert: int) -> dict[str, Tensor]:
-        """gate_bias, up_bias [inter] and down_bias [hidden] of one expert, fp32; empty if there are none."""
+        """See `Source`."""
         if not self._biased:
             return {}
-        gate_up = self._folder.read(self._names["gate_up_proj_bias"], (self.n_experts, 2 * self._inter), expert).float()
-        down = self._folder.read(self._names["down_proj_bias"], (self.n_experts, self._hidden), expert).float()
-        return {"gate_bias": gate_up[0::2], "up_bias": gate_up[1::2], "down_bias": down}
+        return fused_biases(self._folder, self._group, expert, self.n_experts, self._hidden, self._inter)
 
     def _rows(self, stack: str, expert: int, n: int, k: int) -> Tensor:
         """uint8 [n, 17 * blocks]."""
         shape = (self.n_experts, n, blocks_along(k, BLOCK_WEIGHTS["mxfp4"]))
         codes = self._folder.read(self._names[f"{stack}_blocks"], (*shape, 16), expert, dtypes=_BYTES)
         scales = self._folder.read(self._names[f"{stack}_scales"], shape, expert, dtypes=_BYTES)
-        first, second = unpack_nibbles(codes.view(-1, 16)).view(*shape[1:], 2, 16).unbind(2)
-        return torch.cat((scales[..., None], first | second << 4), 2).flatten(1)
+        return mxfp4_rows(scales, unpack_nibbles(codes.view(-1, 16)).view(*shape[1:], 32))

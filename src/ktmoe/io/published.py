@@ -154,7 +154,12 @@ def _mxfp4(weights: Tensor) -> Tensor:
     codes = torch.bucketize(levels, _BETWEEN_E2M1).to(torch.uint8)
     codes += 8 * ((codes > 0) & (blocks < 0)).to(torch.uint8)
     exponents = torch.where(torch.isfinite(largest), exponents, 255).to(torch.uint8)
-    return torch.cat((exponents, codes[..., :16] | codes[..., 16:] << 4), 2).flatten(1)
+    return mxfp4_rows(exponents[..., 0], codes)
+
+
+def mxfp4_rows(exponents: Tensor, codes: Tensor) -> Tensor:
+    """uint8 [n, 17 * blocks], as GGUF has them, from uint8 [n, blocks] and codes 0..15 [n, blocks, 32]."""
+    return torch.cat((exponents[..., None], codes[..., :16] | codes[..., 16:] << 4), 2).flatten(1)
 
 
 _QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {

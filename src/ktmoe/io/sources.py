@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import WeightFileError
 from .compressed_tensors import CompressedTensorsSource
 from .experts import ExpertSource, find_group
 from .fp8 import Fp8Source, is_fp8
@@ -27,9 +26,7 @@ def open_source(
     try:
         group = find_group(folder, layer)
         if group.mxfp4:
-            if not gated:
-                raise WeightFileError(f"{path}, layer {layer}: MXFP4 experts have a gate, but the layer has none")
-            return Mxfp4Source(folder, group, layer, hidden, inter)
+            return Mxfp4Source(folder, group, layer, hidden, inter, gated)
         if "packed" in group.beside:
             return CompressedTensorsSource(folder, group, layer, hidden, inter, gated)
         if is_fp8(folder, group):
