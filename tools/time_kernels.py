@@ -57,7 +57,7 @@ def gops(isa: str, fmt: str, k: int, rows: list[int]) -> str:
         if _k.direct(fmt) == "int8":
             x, scale = kernels.quantize_rows(x, k, steps * step)
         operand, c = kernels.operand(x, m, k, scale), np.empty((panels, -(-m // 32) * 32, 32), np.float32)
-        forward = median_s(lambda: _k.forward(isa, fmt, operand, m, packed, panels, k, 0, panels, c, False))  # noqa: B023
+        forward = median_s(lambda: _k.forward(isa, fmt, operand, m, packed, panels, k, 0, panels, c, None))  # noqa: B023
         dy = kernels.grad_operand(bf16.normal(rng, m, COLUMNS), m, panels)
         dx = np.empty((steps * step // 32, -(-m // 32) * 32, 32), np.float32)
         backward = median_s(lambda: _k.backward(isa, fmt, dy, m, packed, panels, k, 0, steps, dx, False))  # noqa: B023

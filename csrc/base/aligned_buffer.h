@@ -21,6 +21,7 @@ inline std::atomic<int> failing_allocation{0};
 class AlignedBuffer {
  public:
   static constexpr std::size_t kHugePage = std::size_t{1} << 21, kSmallPage = 4096;
+  static constexpr std::size_t kMapFrom = std::size_t{1} << 20;  // bytes; smaller ones come from the heap
 
   AlignedBuffer() = default;
   explicit AlignedBuffer(std::size_t bytes) : bytes_(bytes) {
@@ -66,7 +67,6 @@ class AlignedBuffer {
   }
 
  private:
-  static constexpr std::size_t kMapFrom = std::size_t{1} << 20;
   std::size_t mapped() const { return round_up_bytes(bytes_, kSmallPage); }
   void swap(AlignedBuffer& other) noexcept {
     std::swap(data_, other.data_);

@@ -1,8 +1,10 @@
 // Single kernels on caller-owned memory, for the oracle and guard-page tests: every operand is a byte array placed by the test.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "base/recycled_buffer.h"
 #include "bindings/tensor_arg.h"
 #include "moe/lora.h"
 #include "moe/repack.h"
@@ -63,22 +65,31 @@ void repack(const std::string& format, const std::vector<InArray>& parts, int n,
       bytes("dst", dst, layout.bytes));
 }
 
+using PlusArg = std::optional<std::tuple<InArray, InArray, int>>;  // operand, weights in bf16, k
+
 void forward_into(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels,
-                  int k, int p0, int p1, const OutArray& c, bool accumulate, const Epilogue* epilogue) {
+                  int k, int p0, int p1, const OutArray& c, const PlusArg& plus, const Epilogue* epilogue) {
   const Kernel kernel(isa, format);
-  kernel.table.forward(
-      bytes("operand", operand, kernel.table.operand_bytes(kernel.format, m, k)), m, packed(kernel.format, weights, n_panels, k), p0, p1,
-      reinterpret_cast<float*>(bytes("c", c, c_block_floats(m) * static_cast<std::size_t>(p1 - p0) * 4)), accumulate, epilogue);
+  const auto run = [&](const Addend* addend) {
+    kernel.table.forward(
+        bytes("operand", operand, kernel.table.operand_bytes(kernel.format, m, k)), m, packed(kernel.format, weights, n_panels, k), p0, p1,
+        reinterpret_cast<float*>(bytes("c", c, c_block_floats(m) * static_cast<std::size_t>(p1 - p0) * 4)), addend, epilogue);
+  };
+  if (!plus) return run(nullptr);
+  const auto& [rows, w, plus_k] = *plus;
+  const PackedMatrix matrix = packed(WeightFormat::bf16, w, n_panels, plus_k);
+  const Addend addend{bytes("plus", rows, kernel.table.operand_bytes(WeightFormat::bf16, m, plus_k)), matrix};
+  run(&addend);
 }
 
 void forward(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels, int k,
-             int p0, int p1, const OutArray& c, bool accumulate) {
-  forward_into(isa, format, operand, m, weights, n_panels, k, p0, p1, c, accumulate, nullptr);
+             int p0, int p1, const OutArray& c, const PlusArg& plus) {
+  forward_into(isa, format, operand, m, weights, n_panels, k, p0, p1, c, plus, nullptr);
 }
 
 // The same through an epilogue that puts what it gets into `sums` [p1 - p0][m][32] and counts in `taken` [p1 - p0][m] how often it got it.
 void forward_taken(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels,
-                   int k, int p0, int p1, const OutArray& c, bool accumulate, const OutArray& sums, const OutArray& taken) {
+                   int k, int p0, int p1, const OutArray& c, const PlusArg& plus, const OutArray& sums, const OutArray& taken) {
   const std::size_t rows = static_cast<std::size_t>(p1 - p0) * static_cast<std::size_t>(m);
   struct Sums {
     int p0, m;
@@ -95,7 +106,7 @@ void forward_taken(const std::string& isa, const std::string& format, const InAr
                             }
                           },
                           &context};
-  forward_into(isa, format, operand, m, weights, n_panels, k, p0, p1, c, accumulate, &epilogue);
+  forward_into(isa, format, operand, m, weights, n_panels, k, p0, p1, c, plus, &epilogue);
 }
 
 void backward(const std::string& isa, const std::string& format, const InArray& operand, int m, const InArray& weights, int n_panels, int k,
@@ -266,6 +277,7 @@ void init_testing(nb::module_& parent) {
     kernels_for(isa_from_name(isa)).round_row(s.data<float>(), n, d.data<bf16>());
   });
   // The n-th allocation of a buffer from now fails; 0 stops that. Returns how many were still to come.
+  m.def("waiting_bytes", &RecycledBuffer::waiting_bytes);
   m.def("fail_allocation", [](int n) { return failing_allocation.exchange(n); });
   // `tasks` tasks on each sub-pool; those from `from` on fail, on all sub-pools or on `part` alone. The pool's error path.
   m.def(

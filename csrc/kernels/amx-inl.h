@@ -62,8 +62,15 @@ struct TileGemm {
       int left = 0, s = 0;  // bytes of the row, those of whole tiles first
       if (r < m) {
         left = k * element;
-        const std::byte* row = static_cast<const std::byte*>(rows.base) + rows.ld * element * (rows.index ? rows.index[r] : r);
-        for (; left >= 64; ++s, left -= 64, row += 64, out += next) V::store_i(out, V::load_i(row));
+        const auto row_at = [&](int i) {
+          return static_cast<const std::byte*>(rows.base) + rows.ld * element * (rows.index ? rows.index[i] : i);
+        };
+        const std::byte* row = row_at(r);
+        const std::ptrdiff_t to_next = row_at(r + 1 < m ? r + 1 : r) - row;  // asked for, as rows lie anywhere
+        for (; left >= 64; ++s, left -= 64, row += 64, out += next) {
+          __builtin_prefetch(row + to_next);
+          V::store_i(out, V::load_i(row));
+        }
         if (left > 0) std::memcpy(out, row, static_cast<std::size_t>(left));
       }
       for (; s < steps; ++s, left = 0, out += next) std::memset(out + left, 0, static_cast<std::size_t>(64 - left));
@@ -73,33 +80,47 @@ struct TileGemm {
     for (int r = 0; r < m; ++r) scale[r] = row_scale[rows.index ? rows.index[r] : r];
   }
 
-  static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate,
+  static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, const Addend* plus,
                       const Epilogue* epilogue) {
     const PackedLayout& l = w.layout();
-    if (m <= few_rows(l.format)) return Vector::forward(operand, m, w, p0, p1, c, accumulate, epilogue);
+    if (m <= few_rows(l.format)) return forward_few(operand, m, w, p0, p1, c, plus, epilogue);
     const Session session;
     if (Vector::int8_products(l.format)) {
       const auto* scale = reinterpret_cast<const float*>(operand + tiled_bytes(m, direct_steps_of(l.format, l.k)));
-      const auto scaled = [&](float* at, int row, int rows, int p) {
+      const auto scaled = [&](float* at, const float* more, int row, int rows, int p) {
         Vector::scale_int8(scale + row, nullptr, rows, w, p, p + 1, at);
+        for (int i = 0; more && i < rows * kPanelColumns; i += 16) V::store(at + i, V::add(V::load(at + i), V::load(more + i)));
         if (epilogue) epilogue->take(epilogue->context, at, row, rows, p);
       };
-      multiply<true>(operand, m, w, p0, p1, c, false, !epilogue, scaled);
+      multiply<true>(operand, m, w, p0, p1, c, plus, !epilogue, scaled);
     } else {
-      const auto finished = [&](float* at, int row, int rows, int p) {
+      const auto finished = [&](float* at, const float*, int row, int rows, int p) {
         if (epilogue) epilogue->take(epilogue->context, at, row, rows, p);
       };
-      multiply<false>(operand, m, w, p0, p1, c, accumulate, !epilogue, finished);
+      multiply<false>(operand, m, w, p0, p1, c, plus, !epilogue, finished);
     }
   }
 
+  // What is added is in tiles all the same: its product goes to an area of its own, one panel at a time.
+  static void forward_few(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, const Addend* plus,
+                          const Epilogue* epilogue) {
+    Vector::product(operand, m, w, p0, p1, c, false);
+    alignas(64) float more[32 * kPanelColumns];  // few rows are one block
+    float* at = c;
+    for (int p = p0; plus && p < p1; ++p, at += c_block_floats(m)) {
+      forward(plus->operand, m, plus->w, p, p + 1, more, nullptr, nullptr);
+      for (int i = 0; i < m * kPanelColumns; i += 16) V::store(at + i, V::add(V::load(at + i), V::load(more + i)));
+    }
+    Vector::deliver(m, p0, p1, c, epilogue);
+  }
+
   template <bool kInt8, class Finished>
-  static void multiply(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate, bool keep,
+  static void multiply(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, const Addend* plus, bool keep,
                        const Finished& finished) {
     if (w.layout().format == w.layout().direct())
-      multiply<kInt8, StoredTiles>(operand, m, w, p0, p1, c, accumulate, keep, finished);
+      multiply<kInt8, StoredTiles>(operand, m, w, p0, p1, c, plus, keep, finished);
     else
-      multiply<kInt8, UnpackedTiles>(operand, m, w, p0, p1, c, accumulate, keep, finished);
+      multiply<kInt8, UnpackedTiles>(operand, m, w, p0, p1, c, plus, keep, finished);
   }
 
   // Work that is done between tile products: its pieces in even shares, one share a turn.
@@ -118,7 +139,7 @@ struct TileGemm {
   };
 
   // Tiles as they lie in memory. The next ones are asked for meanwhile: with one block of rows 8 KB ahead, in the order of memory; with
-  // more, each of which reads all of a visit, the whole next visit.
+  // more, each of which reads all of a visit, the whole next visit. Into the L1 where lines come seldom enough to leave room in it.
   struct StoredTiles {
     static constexpr int kVisitPanels = 1, kVisitSteps = 64;  // 128 KB
     const PackedMatrix& w;
@@ -134,13 +155,19 @@ struct TileGemm {
       return blocks == 1 ? now.steps * kPieces : some ? next.steps * kPieces : 0;
     }
     inline __attribute__((always_inline)) void piece() {
-      for (int i = 0; i < kPairBytes / kPieces; i += 64) __builtin_prefetch(line + i, 0, 2);
+      for (int i = 0; i < kPairBytes / kPieces; i += 64) {
+        if (blocks >= kSeldom)
+          __builtin_prefetch(line + i, 0, 3);
+        else
+          __builtin_prefetch(line + i, 0, 2);
+      }
       line += kPairBytes / kPieces;
     }
     void turn() {}
 
    private:
     static constexpr int kPieces = 4;  // of a step
+    static constexpr int kSeldom = 6;  // blocks
   };
 
   // Tiles that are unpacked once for all rows, those of the next visit while this one is multiplied.
@@ -178,24 +205,30 @@ struct TileGemm {
     static constexpr int kRows = 2;  // of a slice
     const Finished& finished;
     float* c = nullptr;
-    std::ptrdiff_t floats = 0;  // of c between panels
+    const float* more = nullptr;  // to be added, or null; its panels follow each other
+    std::ptrdiff_t floats = 0;    // of c between panels
     int first_row = 0, rows = 0, at = 0, p = 0, p1 = 0;
     Shares shares{};
 
-    void begin(float* blocks, std::ptrdiff_t between, int row, int n_rows, int panel, int panels, int steps) {
+    void begin(float* blocks, std::ptrdiff_t between, const float* addend, int row, int n_rows, int panel, int panels, int steps) {
       rest();
-      c = blocks, floats = between, first_row = row, rows = n_rows, at = 0, p = panel, p1 = panel + panels;
+      c = blocks, more = addend, floats = between, first_row = row, rows = n_rows, at = 0, p = panel, p1 = panel + panels;
       shares = {panels * ceil_div(n_rows, kRows), steps};
     }
     void slice() {
-      finished(c + at * kPanelColumns, first_row + at, rows - at < kRows ? rows - at : kRows, p);
-      if ((at += kRows) >= rows) at = 0, ++p, c += floats;
+      take(rows - at < kRows ? rows - at : kRows);
+      if ((at += kRows) >= rows) next();
+    }
+    void take(int n) { finished(c + at * kPanelColumns, more ? more + at * kPanelColumns : nullptr, first_row + at, n, p); }
+    void next() {
+      at = 0, ++p, c += floats;
+      if (more) more += 32 * kPanelColumns;
     }
     inline __attribute__((always_inline)) void step() {
       if (p < p1) shares.turn([&](int) { slice(); });
     }
     void rest() {
-      for (; p < p1; at = 0, ++p, c += floats) finished(c + at * kPanelColumns, first_row + at, rows - at, p);
+      for (; p < p1; next()) take(rows - at);
     }
   };
 
@@ -204,10 +237,10 @@ struct TileGemm {
   // smaller part of one of them would stay in L1, but then sums would have to come and go more often, which costs more (see
   // docs/performance.md). Meanwhile the weights of the next visit are got ready, and finished blocks go to `finished`.
   template <bool kInt8, class Weights, class Finished>
-  static void multiply(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate, bool keep,
+  static void multiply(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, const Addend* plus, bool keep,
                        const Finished& finished) {
     constexpr int kBlock = 32 * kPanelColumns, kPanels = Weights::kVisitPanels;
-    alignas(64) float ring[2][kPanels * kBlock];
+    alignas(64) float ring[2][kPanels * kBlock], more[kInt8 ? 2 : 1][kInt8 ? kPanels * kBlock : 1];
     const int steps = direct_steps_of(w.layout().format, w.layout().k), blocks = ceil_div(m, 32);
     const int visit_steps = ceil_div(steps, ceil_div(steps, Weights::kVisitSteps));
     const auto c_floats = static_cast<std::ptrdiff_t>(c_block_floats(m));
@@ -228,43 +261,63 @@ struct TileGemm {
       const bool last = visit.s + visit.steps == steps, through_ring = last && !keep;
       Shares ahead{weights.prepare(visit, next), blocks * visit.panels * visit.steps};
       for (int block = 0; block < blocks; ++block) {
+        turn ^= 1;
         float* area = c + (visit.p - p0) * c_floats + block * kBlock;
-        float* sums = through_ring ? ring[turn ^= 1] : area;
+        float* sums = through_ring ? ring[turn] : area;
         const std::ptrdiff_t floats = through_ring ? kBlock : c_floats;
-        for (int i = 0; i < visit.panels; ++i)
-          block_product<kInt8>(operand, m, steps, block, visit.s, visit.steps, weights.at(visit, i),
-                               visit.s > 0 || accumulate ? area + i * c_floats : nullptr, sums + i * floats, [&] {
-                                 ahead.turn([&](int) { weights.piece(); });
-                                 out.step();
-                               });
+        const int tiles = block_tiles(m, block);
+        const std::byte* a = operand + tile_at(m, steps, 2 * block, visit.s);
+        for (int i = 0; i < visit.panels; ++i) {
+          // What is added comes first, where sums can go on from it, or has sums of its own, which meet the others when they are finished.
+          const Run run{a, weights.at(visit, i), visit.steps};
+          const Run addend = plus && (kInt8 ? last : visit.s == 0) ? run_of(*plus, m, block, visit.p + i) : Run{};
+          block_product<kInt8>(tiles, kInt8 ? Run{} : addend, run, visit.s > 0 ? area + i * c_floats : nullptr, sums + i * floats, [&] {
+            ahead.turn([&](int) { weights.piece(); });
+            out.step();
+          });
+          if constexpr (kInt8)
+            if (addend.n) block_product<false>(tiles, {}, addend, nullptr, more[turn] + i * kBlock, [] {});
+        }
         if (last)
-          out.begin(sums, floats, 32 * block, m - 32 * block < 32 ? m - 32 * block : 32, visit.p, visit.panels, visit.panels * visit.steps);
+          out.begin(sums, floats, kInt8 && plus ? more[turn] : nullptr, 32 * block, m - 32 * block < 32 ? m - 32 * block : 32, visit.p,
+                    visit.panels, visit.panels * visit.steps);
       }
       visit = next;
     }
     out.rest();
   }
 
-  // 32 rows x one panel: to = from (null: zero) + the products of steps [s, s + n) of `steps`, whose weights begin at b. meanwhile: called
-  // once a step.
+  // n k-steps of 32 rows x one panel: where their tiles begin.
+  struct Run {
+    const std::byte *a = nullptr, *b = nullptr;
+    int n = 0;
+  };
+  static Run run_of(const Addend& plus, int m, int block, int p) {
+    const int steps = plus.w.layout().k_steps;
+    return {plus.operand + tile_at(m, steps, 2 * block, 0), plus.w.panel(p), steps};
+  }
+
+  // to = from (null: zero) + the product of `before`, in bf16, + that of `run`, with one or two tiles of rows. meanwhile: called once a
+  // step of `run`.
   template <bool kInt8, class Meanwhile>
-  static inline __attribute__((always_inline)) void block_product(const std::byte* operand, int m, int steps, int block, int s, int n,
-                                                                  const std::byte* b, const float* from, float* to, Meanwhile meanwhile) {
-    const std::byte* a = operand + tile_at(m, steps, 2 * block, s);
-    if (block_tiles(m, block) == 2)
-      row_product<kInt8, 2>(a, b, n, from, to, meanwhile);
+  static inline __attribute__((always_inline)) void block_product(int tiles, const Run& before, const Run& run, const float* from,
+                                                                  float* to, Meanwhile meanwhile) {
+    if (tiles == 2)
+      row_product<kInt8, 2>(before, run, from, to, meanwhile);
     else
-      row_product<kInt8, 1>(a, b, n, from, to, meanwhile);
+      row_product<kInt8, 1>(before, run, from, to, meanwhile);
   }
   template <bool kInt8, int kA, class Meanwhile>
-  static inline __attribute__((always_inline)) void row_product(const std::byte* a, const std::byte* b, int n, const float* from, float* to,
+  static inline __attribute__((always_inline)) void row_product(const Run& before, const Run& run, const float* from, float* to,
                                                                 Meanwhile meanwhile) {
     constexpr std::ptrdiff_t kNextRows = 16 * kPanelColumns, kNextColumns = 16;
     if (from)
       load_sums<kA, 2>({const_cast<float*>(from), kNextRows, kNextColumns, kPanelColumns});
     else
       zero_sums<kA, 2>();
-    multiply_steps<kInt8, kA, 2, true>(a, kA * kTileBytes, kTileBytes, b, kPairBytes, kTileBytes, n, meanwhile);
+    if constexpr (!kInt8)
+      multiply_steps<false, kA, 2, true>(before.a, kA * kTileBytes, kTileBytes, before.b, kPairBytes, kTileBytes, before.n, [] {});
+    multiply_steps<kInt8, kA, 2, true>(run.a, kA * kTileBytes, kTileBytes, run.b, kPairBytes, kTileBytes, run.n, meanwhile);
     store_sums<kA, 2>({to, kNextRows, kNextColumns, kPanelColumns});
   }
 
@@ -460,18 +513,19 @@ struct TileGemm {
       constexpr int kRows = 16 / kHalves / kExpandPieces;
       const std::byte* src = pair + 64 * kRows * (half * kExpandPieces + part);
       std::byte* dst = to.a + panel * kPairBytes + part * (kPairBytes / kExpandPieces);
-      const std::ptrdiff_t ahead = step + 1 < w_.layout().k_steps ? kPairBytes : 0;  // as Vector::ask_next_step, but row by row
+      const std::byte* ahead = kStored ? Vector::ahead(w_, to.panel + panel, step) : nullptr;  // as Vector::ask_ahead, but row by row
       for (int r = 0; r < kRows; ++r, src += 64, dst += 64 * kWords) {
-        if constexpr (kStored) {
-          __builtin_prefetch(src + ahead, 0, 2);
-          __builtin_prefetch(src + ahead + kTileBytes, 0, 2);
+        if (ahead) {
+          const std::byte* next = ahead + (src - pair);
+          __builtin_prefetch(next, 0, 2);
+          __builtin_prefetch(next + kTileBytes, 0, 2);
         }
         expand_lanes<V, kWords, 64>(src, src + kTileBytes, dst);  // row k holds the pairs (W[n][k] of tile a, W[n][k] of tile b)
       }
     }
 
     void unpack(int panel, int tile, int step, int half) {
-      if (tile == 0 && half == 0) Vector::ask_next_step(w_, panel, step);
+      if (tile == 0 && half == 0) Vector::ask_ahead(w_, panel, step);
       Unpack<V>::tile(w_, panel, tile, step, unpacked_ + tile * kTileBytes);
     }
 
@@ -518,34 +572,60 @@ struct TileGemm {
       }
   }
 
+  // Some tile columns of Q at a time become B tiles, row after row, which lie far apart: those a few rows ahead are asked for. Then they
+  // meet P, two by two.
+  static constexpr int kOuterTiles = 8;
+  struct OuterTiles {
+    alignas(64) std::byte at[kOuterTiles][kMaxTiles / 2 * kTileBytes];  // of 32 rows, one after the other
+  };
   static void outer(const std::byte* operand, int m, int p_columns, RowSource q, int q_tile_stride, int n_tiles, float* out,
                     std::ptrdiff_t ld_out, bool accumulate) {
     const Session session;
-    alignas(64) std::byte pairs[kMaxTiles / 2 * kTileBytes];
+    OuterTiles b;
     const int steps = ceil_div(m, 32);
-    static constexpr std::uint16_t kZero[16] = {};
-    for (int j = 0; j < n_tiles; ++j) {
-      for (int t = 0; t < 32 * steps; t += 2) {
-        const auto* even = t < m ? q.row<std::uint16_t>(t) + static_cast<std::ptrdiff_t>(j) * q_tile_stride : kZero;
-        const auto* odd = t + 1 < m ? q.row<std::uint16_t>(t + 1) + static_cast<std::ptrdiff_t>(j) * q_tile_stride : kZero;
-        V::store_i(pairs + 32 * t, V::zip16(even, odd));
-      }
-      for (int i0 = 0; i0 < p_columns; i0 += 16) {
-        alignas(64) float sum[256];
-        const std::byte* a = operand + static_cast<std::ptrdiff_t>(i0 / 16) * steps * kTileBytes;
-        T::template zero<0>();
-        for (int s = 0; s < steps; ++s) {
-          T::template load<6>(pairs + s * kTileBytes, 64);
-          T::template load<4>(a + s * kTileBytes, 64);
-          T::template multiply<false, 0, 4, 6>();
-        }
-        T::template store<0>(sum, 64);
-        for (int i = i0; i < p_columns && i < i0 + 16; ++i) {
-          float* at = out + i * ld_out + 16 * j;
-          const F value = V::load(sum + 16 * (i - i0));
-          V::store(at, accumulate ? V::add(V::load(at), value) : value);
+    for (int first = 0; first < n_tiles; first += kOuterTiles) {
+      const int tiles = n_tiles - first < kOuterTiles ? n_tiles - first : kOuterTiles;
+      zip_rows(q, m, static_cast<std::ptrdiff_t>(first) * q_tile_stride, q_tile_stride, tiles, b);
+      for (int i = 0; i < p_columns; i += 32) {
+        const std::byte* a = operand + static_cast<std::ptrdiff_t>(i / 16) * steps * kTileBytes;
+        const int rows = p_columns - i < 32 ? p_columns - i : 32;
+        for (int j = 0; j < tiles; j += 2) {
+          const bool two = j + 1 < tiles;
+          const auto product =
+              rows > 16 ? (two ? &outer_tiles<2, 2> : &outer_tiles<2, 1>) : (two ? &outer_tiles<1, 2> : &outer_tiles<1, 1>);
+          product(a, b.at[j], sizeof b.at[j], steps, rows, out + i * ld_out + 16 * (first + j), ld_out, accumulate);
         }
       }
     }
+  }
+
+  // The 16 columns from `column` + i * stride on become the tiles i.
+  static void zip_rows(RowSource q, int m, std::ptrdiff_t column, int stride, int tiles, OuterTiles& to) {
+    constexpr int kAhead = 8;  // rows
+    static constexpr std::uint16_t kZero[16] = {};
+    const int per_line = stride < 32 ? 2 : 1;
+    const auto row = [&](int t) { return q.row<std::uint16_t>(t) + column; };
+    for (int t = 0; t < round_up(m, 32); t += 2) {
+      for (int r = t + kAhead; r < t + kAhead + 2 && r < m; ++r)
+        for (int i = 0; i < tiles; i += per_line) __builtin_prefetch(row(r) + i * stride);
+      const auto *even = t < m ? row(t) : nullptr, *odd = t + 1 < m ? row(t + 1) : nullptr;
+      for (int i = 0; i < tiles; ++i)
+        V::store_i(to.at[i] + 32 * t, V::zip16(even ? even + i * stride : kZero, odd ? odd + i * stride : kZero));
+    }
+  }
+
+  template <int kA, int kB>
+  static void outer_tiles(const std::byte* a, const std::byte* b, std::ptrdiff_t b_tile, int steps, int rows, float* out,
+                          std::ptrdiff_t ld_out, bool accumulate) {
+    alignas(64) float sums[kA * 16][kB * 16];
+    zero_sums<kA, kB>();
+    multiply_steps<false, kA, kB, false>(a, kTileBytes, steps * kTileBytes, b, kTileBytes, b_tile, steps, [] {});
+    store_sums<kA, kB>({sums[0], kB * 256, 16, kB * 16});
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < kB * 16; j += 16) {
+        float* at = out + i * ld_out + j;
+        const F value = V::load(sums[i] + j);
+        V::store(at, accumulate ? V::add(V::load(at), value) : value);
+      }
   }
 };

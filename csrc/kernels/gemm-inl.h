@@ -132,14 +132,21 @@ struct VectorGemm {
 
   // --- forward ---
 
-  static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate,
+  static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, const Addend* plus,
                       const Epilogue* epilogue) {
-    forward(operand, m, w, p0, p1, c, accumulate);
+    const bool sums_go_on = !int8_products(w.layout().format);  // integer sums cannot go on from others
+    if (plus && sums_go_on) product(plus->operand, m, plus->w, p0, p1, c, false);
+    product(operand, m, w, p0, p1, c, plus && sums_go_on);
+    if (plus && !sums_go_on) product(plus->operand, m, plus->w, p0, p1, c, true);
+    deliver(m, p0, p1, c, epilogue);
+  }
+  static void deliver(int m, int p0, int p1, float* c, const Epilogue* epilogue) {
     if (!epilogue) return;
     for (int p = p0; p < p1; ++p, c += c_block_floats(m)) epilogue->take(epilogue->context, c, 0, m, p);
   }
 
-  static void forward(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+  // accumulate adds to C: formats without scales only.
+  static void product(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
     switch (w.layout().format) {
       case WeightFormat::bf16:
         return forward_steps<typename Products::Stored>(operand, m, w, p0, p1, c, accumulate);
@@ -275,7 +282,7 @@ struct VectorGemm {
         const int panels = n_panels - p < kPanels ? n_panels - p : kPanels;
         for (int i = 0; i < panels; ++i) {
           alignas(64) std::byte rows[2][kTileBytes];
-          ask_next_step(w, p + i, s);
+          ask_ahead(w, p + i, s);
           for (int t = 0; t < 2; ++t) transposed_tile(w, p + i, t, s, rows[t]);
           Products::template expand<kWords>(rows[0], rows[1], expanded + static_cast<std::size_t>(i) * kPanelBytes);
         }
@@ -291,15 +298,21 @@ struct VectorGemm {
     }
   }
 
-  // The way back walks over all panels before it comes to their next k-step, which is too far apart for the hardware to foresee: asked for
-  // when the first direct step of a stored one begins.
-  static void ask_next_step(const PackedMatrix& w, int p, int step) {
-    const PackedLayout& l = w.layout();
-    const FormatInfo& info = format_info(l.format);
-    const int stored = step / direct_steps(info);
-    if (step % direct_steps(info) || stored + 1 >= l.k_steps) return;
-    const std::byte* next = w.tile(p, 0, stored + 1);
-    for (int at = 0; at < 2 * info.tile_bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
+  // The way back walks over the panels of a k-step, which lie too far apart for the hardware to foresee. What it comes to next is asked
+  // for when the first direct step of a stored one begins: a few panels ahead, and not the same panel's next step, because panels often
+  // lie a power of two apart, where few of them fit into the L2 at once.
+  static constexpr int kPanelsAhead = 8;
+  // The pair of tiles that is so far after that of panel p and a stored step; null beyond the last.
+  static const std::byte* ahead(const PackedMatrix& w, int p, int step) {
+    const int panels = w.layout().n_panels, next = p + std::min(kPanelsAhead, panels);
+    if (next < panels) return w.tile(next, 0, step);
+    return step + 1 < w.layout().k_steps ? w.tile(next - panels, 0, step + 1) : nullptr;
+  }
+  static void ask_ahead(const PackedMatrix& w, int p, int step) {
+    const FormatInfo& info = format_info(w.layout().format);
+    if (step % direct_steps(info)) return;
+    if (const std::byte* next = ahead(w, p, step / direct_steps(info)))
+      for (int at = 0; at < 2 * info.tile_bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
   }
 
   static void transposed_tile(const PackedMatrix& w, int p, int t, int step, std::byte* rows) {

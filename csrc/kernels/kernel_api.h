@@ -34,6 +34,12 @@ constexpr std::size_t c_block_floats(int m) {
   return static_cast<std::size_t>(round_up(m, 32)) * kPanelColumns;
 }
 
+// Another product of the same rows, added to a forward product: operand W^T, W in bf16 with as many panels.
+struct Addend {
+  const std::byte* operand;
+  const PackedMatrix& w;
+};
+
 // Takes the finished sums of a forward product while they are in a near cache: once for every row and panel of the call, in any order and
 // in runs of any length. c: rows [row, row + rows) of the panel, row-major [rows][32], which it may change.
 struct Epilogue {
@@ -59,9 +65,8 @@ struct KernelTable {
   // Formats that multiply in bf16: rows are bf16 and row_scale is null. Those that multiply in int8: rows are int8 (readable to the padded
   // k) and row_scale[i] belongs to row i of the source (it goes through `index` too).
   void (*pack_operand)(WeightFormat, RowSource rows, const float* row_scale, int m, int k, std::byte* dst);
-  // Panels [p0, p1) of w; accumulate adds to C (formats without scales only). With an epilogue (or null) C ends up there, and what is left
-  // in c means nothing.
-  void (*forward)(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate,
+  // Panels [p0, p1) of w, and of what is added (or null). With an epilogue (or null) C ends up there, and what is left in c means nothing.
+  void (*forward)(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, const Addend* plus,
                   const Epilogue* epilogue);
 
   // --- backward: C = dY W, from the same packed bytes ---

@@ -85,11 +85,14 @@ class ExpertBackward {
         h_ = h + (block_.begin - blocks->begin) * h_ld_;
         dgu_ = dgu + (block_.begin - blocks->begin) * dgu_ld_;
       }
+      // Gradients of LoRA come as soon as they can: what they read is still in the L2.
       if (p_.lora) down_lora();
+      if (want_lora()) grad_b_down(i == 0);
       through_down();
+      if (want_lora()) grad_a_down(i == 0), grad_b_gate_up(i == 0);
       if (p_.lora) gate_up_lora();
+      if (want_lora()) grad_a_gate_up(i == 0);
       through_gate_up();
-      if (want_lora()) lora_gradients(i == 0);
     }
     if (want_lora()) write_lora_gradients();
     if (want_base()) base_gradients(blocks, n_blocks, most, h, dgu);
@@ -260,33 +263,43 @@ class ExpertBackward {
     return {padded, hidden_ld_, nullptr};
   }
 
-  void lora_gradients(bool first) {
-    const int r = rank(), hidden = p_.config.hidden;
-    const int both = p_.lora->gate_up_rank();
-    const std::ptrdiff_t u2_ld = round_up(both, kPanelColumns), u1_ld = round_up(r, kPanelColumns);
-    const bf16* u_gate_up = p_.kept.u_gate_up.as<bf16>() + block_.begin * u2_ld;
-    const bf16* u_down = p_.kept.u_down.as<bf16>() + block_.begin * u1_ld;
-    const RowSource x = whole_tiles(block_x(), padded_x_), grad = whole_tiles(dy(), padded_dy_);
-    RowSource h{h_, h_ld_, nullptr};
+  // --- gradients of LoRA; first: of the expert's blocks ---
+
+  void grad_b_down(bool first) {
+    const std::ptrdiff_t u_ld = round_up(rank(), kPanelColumns);
+    const bf16* u = p_.kept.u_down.as<bf16>() + block_.begin * u_ld;
+    for (int i = 0; i < m_; ++i)
+      for (int j = 0; j < rank(); ++j) wu_down_[i * v_ld_ + j] = to_bf16(weight()[i] * to_float(u[i * u_ld + j]));
+    outer(wu_down_, v_ld_, rank(), whole_tiles(dy(), padded_dy_), kTileColumns, p_.config.hidden, grad_b_down_, hidden_ld_, first);
+  }
+
+  void grad_a_down(bool first) {
+    const bf16* h = h_;
     if (p_.dropout) {
       for (int i = 0; i < m_; ++i) {
-        mask(Dropout::kX, i).apply(padded_x_ + i * hidden_ld_, 0, hidden);
         bf16* row = dropped_h_ + i * h_ld_;
-        std::memcpy(row, h.row<bf16>(i), sizeof(bf16) * static_cast<std::size_t>(h_ld_));
+        std::memcpy(row, h_ + i * h_ld_, sizeof(bf16) * static_cast<std::size_t>(h_ld_));
         mask(Dropout::kH, i).apply(row, slice().first, p_.config.inter);
       }
-      h.base = dropped_h_;
+      h = dropped_h_;
     }
-    for (int i = 0; i < m_; ++i)
-      for (int j = 0; j < r; ++j) wu_down_[i * v_ld_ + j] = to_bf16(weight()[i] * to_float(u_down[i * u1_ld + j]));
+    outer(wv_down_, v_ld_, rank(), {h, h_ld_, nullptr}, kTileColumns, h_columns(), grad_a_down_, h_columns(), first);
+  }
 
-    outer(v_gate_up_, v_ld_, both, x, kTileColumns, hidden, grad_a_gate_up_, hidden_ld_, first);
+  void grad_b_gate_up(bool first) {
+    const int both = p_.lora->gate_up_rank();
+    const std::ptrdiff_t u_ld = round_up(both, kPanelColumns);
+    const bf16* u = p_.kept.u_gate_up.as<bf16>() + block_.begin * u_ld;
     // In panel order, tiles of gate and up alternate.
     const int apart = projections() * kTileColumns, to_up = apart - kTileColumns;
-    if (gated()) outer(u_gate_up, u2_ld, r, {dgu_, dgu_ld_, nullptr}, apart, h_columns(), grad_b_gate_, h_columns(), first);
-    outer(u_gate_up + both - r, u2_ld, r, {dgu_ + to_up, dgu_ld_, nullptr}, apart, h_columns(), grad_b_up_, h_columns(), first);
-    outer(wv_down_, v_ld_, r, h, kTileColumns, h_columns(), grad_a_down_, h_columns(), first);
-    outer(wu_down_, v_ld_, r, grad, kTileColumns, hidden, grad_b_down_, hidden_ld_, first);
+    if (gated()) outer(u, u_ld, rank(), {dgu_, dgu_ld_, nullptr}, apart, h_columns(), grad_b_gate_, h_columns(), first);
+    outer(u + both - rank(), u_ld, rank(), {dgu_ + to_up, dgu_ld_, nullptr}, apart, h_columns(), grad_b_up_, h_columns(), first);
+  }
+
+  void grad_a_gate_up(bool first) {
+    const RowSource x = whole_tiles(block_x(), padded_x_);
+    for (int i = 0; p_.dropout && i < m_; ++i) mask(Dropout::kX, i).apply(padded_x_ + i * hidden_ld_, 0, p_.config.hidden);
+    outer(v_gate_up_, v_ld_, p_.lora->gate_up_rank(), x, kTileColumns, p_.config.hidden, grad_a_gate_up_, hidden_ld_, first);
   }
 
   // h, dgu: of all blocks.
@@ -340,23 +353,35 @@ class ExpertBackward {
     write_transposed(kUpB, grad_b_up_, h_columns());
     write_transposed(kDownB, grad_b_down_, hidden_ld_);
   }
-  // f(row, where it begins, columns) for the rows of the expert's gradient that this part writes.
-  template <class F>
-  void each_row(LoraTensor t, F f) {
+  // The expert's gradient in the caller's tensor, as far as this part writes it.
+  struct Target {
+    float* at;
+    std::ptrdiff_t ld;
+    int rows, columns;
+    bool write;  // or add
+    void put(int i, int j, float value) const {
+      float& to = at[i * ld + j];
+      to = write ? value : to + value;
+    }
+  };
+  Target target(LoraTensor t) const {
     const auto [rows, columns] = p_.lora->shape(t);
     const Region own = region_of(t, *p_.lora, slice());
-    float* dst = p_.grads.lora[t] + (static_cast<std::ptrdiff_t>(e_) * rows + own.row) * columns + own.column;
-    for (int i = 0; i < own.rows; ++i, dst += columns) f(i, dst, own.columns);
+    return {p_.grads.lora[t] + (static_cast<std::ptrdiff_t>(e_) * rows + own.row) * columns + own.column, columns, own.rows, own.columns,
+            p_.in.first_chunk};
   }
   void write_rows(LoraTensor t, const float* src, std::ptrdiff_t ld) {
-    each_row(t, [&](int i, float* dst, int columns) {
-      for (int j = 0; j < columns; ++j) dst[j] = p_.in.first_chunk ? src[i * ld + j] : dst[j] + src[i * ld + j];
-    });
+    const Target to = target(t);
+    for (int i = 0; i < to.rows; ++i)
+      for (int j = 0; j < to.columns; ++j) to.put(i, j, src[i * ld + j]);
   }
+  // A line of src at a time: its rows often lie whole pages apart, and few of them then fit into the L1 together.
   void write_transposed(LoraTensor t, const float* src, std::ptrdiff_t ld) {
-    each_row(t, [&](int i, float* dst, int columns) {
-      for (int j = 0; j < columns; ++j) dst[j] = p_.in.first_chunk ? src[j * ld + i] : dst[j] + src[j * ld + i];
-    });
+    constexpr int kLine = 16;
+    const Target to = target(t);
+    for (int first = 0; first < to.rows; first += kLine)
+      for (int j = 0; j < to.columns; ++j)
+        for (int i = first; i < std::min(first + kLine, to.rows); ++i) to.put(i, j, src[j * ld + i]);
   }
 
   const Pass& p_;

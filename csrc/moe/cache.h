@@ -7,17 +7,21 @@
 
 #include <vector>
 
-#include "base/aligned_buffer.h"
+#include "base/recycled_buffer.h"
 #include "moe/dropout.h"
 #include "moe/route.h"
 
 namespace ktmoe {
 
+inline RecycledBuffer bf16_rows(int rows, int columns, int node = -1) {
+  return {checked_mul(checked_mul(static_cast<std::size_t>(rows), static_cast<std::size_t>(columns)), sizeof(bf16)), node};
+}
+
 struct ForwardCache {
-  struct Kept {               // by one part of the layer
-    AlignedBuffer gate_up;    // bf16 [rows][32 * gate/up panels]
-    AlignedBuffer u_gate_up;  // bf16 [rows][2 rank (rank without a gate), padded to 32], empty without LoRA
-    AlignedBuffer u_down;     // bf16 [rows][rank, padded to 32]
+  struct Kept {                // by one part of the layer
+    RecycledBuffer gate_up;    // bf16 [rows][32 * gate/up panels]
+    RecycledBuffer u_gate_up;  // bf16 [rows][2 rank (rank without a gate), padded to 32], empty without LoRA
+    RecycledBuffer u_down;     // bf16 [rows][rank, padded to 32]
   };
   struct Chunk {
     int first_token;
@@ -29,7 +33,7 @@ struct ForwardCache {
   bool with_lora = false;
   std::uint64_t lora_version = 0;
   Dropout dropout;
-  AlignedBuffer x;  // bf16 [n_tokens][hidden]
+  RecycledBuffer x;  // bf16 [n_tokens][hidden]
   std::vector<Chunk> chunks;
 
   std::size_t bytes() const {

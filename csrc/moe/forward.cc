@@ -137,18 +137,12 @@ class BlockForward {
   static bool int8(const PackedMatrix& w) { return w.layout().direct() == WeightFormat::int8; }
   int h_per_panel() const { return p_.config.activation.h_per_panel(); }
 
-  // Panels [p0, p1) of operand_ W^T (+ U B^T). The larger product comes last, since the epilogue runs beside it; but integer sums cannot go
-  // on from LoRA's.
+  // Panels [p0, p1) of operand_ W^T (+ U B^T).
   void product(Scratch& scratch, const PackedMatrix& w, const PackedMatrix* lora_b, int p0, int p1, const Epilogue& epilogue) {
     float* c = c_blocks(scratch, p1 - p0);
-    if (!lora_b) return p_.kernels.forward(operand_, m_, w, p0, p1, c, false, &epilogue);
-    if (int8(w)) {
-      p_.kernels.forward(operand_, m_, w, p0, p1, c, false, nullptr);
-      p_.kernels.forward(u_operand_, m_, *lora_b, p0, p1, c, true, &epilogue);
-    } else {
-      p_.kernels.forward(u_operand_, m_, *lora_b, p0, p1, c, false, nullptr);
-      p_.kernels.forward(operand_, m_, w, p0, p1, c, true, &epilogue);
-    }
+    if (!lora_b) return p_.kernels.forward(operand_, m_, w, p0, p1, c, nullptr, &epilogue);
+    const Addend lora{u_operand_, *lora_b};
+    p_.kernels.forward(operand_, m_, w, p0, p1, c, &lora, &epilogue);
   }
 
   float* c_blocks(Scratch& scratch, int n) {
@@ -182,7 +176,7 @@ class BlockForward {
       x = lora_operand_;
     }
     float* c = c_blocks(scratch, panels);
-    p_.kernels.forward(x, m_, a, 0, panels, c, false, nullptr);
+    p_.kernels.forward(x, m_, a, 0, panels, c, nullptr, nullptr);
     bf16* u = keep ? keep + static_cast<std::ptrdiff_t>(block_.begin) * columns : u_;
     p_.kernels.c_to_bf16(c, m_, panels, p_.lora->scaling * p_.dropout.factor(), nullptr, u, columns);
     p_.kernels.pack_operand(WeightFormat::bf16, {u, columns, nullptr}, nullptr, m_, used, u_operand_);
@@ -270,10 +264,6 @@ void combine(ThreadPool::Session& session, const Pass& pass, FloatOrBf16 out) {
   });
 }
 
-AlignedBuffer bf16_rows(int rows, int columns) {
-  return AlignedBuffer(checked_mul(checked_mul(static_cast<std::size_t>(rows), static_cast<std::size_t>(columns)), sizeof(bf16)));
-}
-
 }  // namespace
 
 void LayerPart::forward(ThreadPool::Session& session, const ForwardPass& in, ForwardCache::Kept* kept, FloatOrBf16 out) const {
@@ -289,8 +279,8 @@ void LayerPart::forward(ThreadPool::Session& session, const ForwardPass& in, For
 
 ForwardCache::Kept LayerPart::keep(int rows, const LoraAdapter* lora) const {
   const int rank = lora ? lora->rank : 0, gate_up_rank = lora ? lora->gate_up_rank() : 0;
-  return {bf16_rows(rows, layout_.gate_up.n_panels * kPanelColumns), bf16_rows(rows, round_up(gate_up_rank, kPanelColumns)),
-          bf16_rows(rows, round_up(rank, kPanelColumns))};
+  return {bf16_rows(rows, layout_.gate_up.n_panels * kPanelColumns, node_), bf16_rows(rows, round_up(gate_up_rank, kPanelColumns), node_),
+          bf16_rows(rows, round_up(rank, kPanelColumns), node_)};
 }
 
 }  // namespace ktmoe

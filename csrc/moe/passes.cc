@@ -27,6 +27,14 @@ void merge_rows(SubPools::Session& session, const KernelTable& kernels, const Te
   });
 }
 
+void copy_tokens(SubPools::Session& session, Tokens from, int n, int hidden, bf16* to) {
+  constexpr int kUnit = 64;
+  session.parallel_for(ceil_div(n, kUnit), [&](int unit, Scratch&) {
+    for (std::ptrdiff_t t = unit * kUnit; t < std::min((unit + 1) * kUnit, n); ++t)
+      std::copy_n(from.data + t * from.ld, hidden, to + t * hidden);
+  });
+}
+
 // Gradients of LoRA to which every part has a term: part 0 writes the caller's tensors, the others tensors of their own, which are added.
 class LoraTerms {
  public:
@@ -100,9 +108,10 @@ int MoeLayer::tokens_per_pass() const {
   return config_.chunk_tokens > 0 ? std::min(config_.chunk_tokens, fits) : fits;
 }
 
-void MoeLayer::forward_chunk(const ForwardPass& pass, ForwardCache::Chunk* chunk, bf16* out) const {
+void MoeLayer::forward_chunk(const ForwardPass& pass, ForwardCache::Chunk* chunk, bf16* kept_x, bf16* out) const {
   SubPools::Session session(*pools_, parts(), whom_to_wake(pass.plan.rows(), config_, parts()));
   require(loaded(), ErrorKind::runtime, "Weights not loaded: [forward] they were unloaded meanwhile");
+  if (kept_x) copy_tokens(session, pass.x, pass.plan.n_tokens, config_.hidden, kept_x);
   auto kept = [&](int p) { return chunk ? &chunk->parts[static_cast<std::size_t>(p)] : nullptr; };
   if (parts() == 1) return part(0).forward(session.part(0), pass, kept(0), {nullptr, out});
   Terms terms(parts_.size());
@@ -131,7 +140,7 @@ void MoeLayer::forward(Tokens hidden, const Routing& routing, bf16* out, const L
   const int step = tokens_per_pass(), block_rows = part(0).kernels().block_rows;
   for (int t = 0; t < routing.n_tokens; t += step) {
     const RoutePlan plan = plan_chunk(routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), block_rows);
-    forward_chunk({plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout}, nullptr,
+    forward_chunk({plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout}, nullptr, nullptr,
                   out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
   }
 }
@@ -145,10 +154,7 @@ ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16
   cache.with_lora = lora != nullptr;
   cache.lora_version = lora ? lora->version() : 0;
   cache.dropout = dropout;
-  const std::size_t row_bytes = sizeof(bf16) * static_cast<std::size_t>(config_.hidden);
-  cache.x = AlignedBuffer(checked_mul(static_cast<std::size_t>(routing.n_tokens), row_bytes));
-  for (int t = 0; t < routing.n_tokens; ++t)
-    std::memcpy(cache.x.data() + row_bytes * static_cast<std::size_t>(t), hidden.data + t * hidden.ld, row_bytes);
+  cache.x = bf16_rows(routing.n_tokens, config_.hidden);
   const int step = tokens_per_pass(), block_rows = part(0).kernels().block_rows;
   for (int t = 0; t < routing.n_tokens; t += step) {
     RoutePlan plan = plan_chunk(routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), block_rows);
@@ -156,6 +162,7 @@ ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16
     ForwardCache::Chunk& chunk = cache.chunks.back();
     for (const LayerPart& p : parts_) chunk.parts.push_back(p.keep(chunk.plan.rows(), lora));
     forward_chunk({chunk.plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout}, &chunk,
+                  cache.x.as<bf16>() + static_cast<std::ptrdiff_t>(t) * config_.hidden,
                   out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
   }
   return cache;

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from oracle import bf16, layout
+from oracle.addend import Addend
 from oracle.bounds import assert_same_bits, assert_within, sum_bound
 from oracle.formats import int8_quantize_rows
 from oracle.kernels import Kernels
-from oracle.registry import BLOCK_ROWS, FORMATS, ISAS, SCALED, each_format, each_isa
+from oracle.registry import BLOCK_ROWS, ISAS, SCALED, each_format, each_isa
 
 ROWS = [1, 2, 3, 5, 6, 7, 12, 13, 16, 17, 31, 32, 33, 64, 65]
 # n, k; the last ones pass the k-blocks that stay in L1 (8 and 16 k-steps of 32 or 64)
@@ -54,10 +55,13 @@ class Problem:
         if self.x_scale is None:
             assert_within(got, self.want[at], sum_bound(self.k, self.magnitude[at]), what)
             return
-        exact = self.sums[at]
+        assert_same_bits(got, self.chain(rows, columns), what)
+
+    def chain(self, rows: np.ndarray, columns: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Integer sums and their scales, in the order of the kernels."""
+        exact = self.sums[rows][:, columns]
         assert np.abs(exact).max() < 2**31
-        chain = exact.astype(np.int32).astype(np.float32) * self.x_scale[rows, None] * self.w_scale[columns]
-        assert_same_bits(got, chain, what)
+        return exact.astype(np.int32).astype(np.float32) * self.x_scale[rows, None] * self.w_scale[columns]
 
 
 @each_isa
@@ -108,15 +112,19 @@ def test_a_range_of_panels(isa: str, fmt: str) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("fmt", [f for f in FORMATS if f not in SCALED])
-@pytest.mark.parametrize("shape", [(33, 65), (40, 560)], ids=str)
-def test_accumulate(isa: str, fmt: str, shape: tuple[int, int]) -> None:
-    problem = Problem(isa, fmt, *shape, tokens=33)
-    for m in (1, 2, 3, 13, 33):
-        start = np.random.default_rng(m).standard_normal((problem.panels, m, 32), dtype=np.float32) * 8
-        got, first = to_rows(problem.run(m, start=start), 32 * problem.panels), to_rows(start, 32 * problem.panels)
-        bound = sum_bound(shape[1] + 1, problem.magnitude[:m] + np.abs(first))
-        assert_within(got, problem.want[:m] + first.astype(np.float64), bound, f"m={m}")
+@each_format
+@pytest.mark.parametrize("shape", [(33, 65), (40, 560), (200, 4300)], ids=str)
+def test_another_product_is_added(isa: str, fmt: str, shape: tuple[int, int]) -> None:
+    problem = Problem(isa, fmt, *shape, tokens=70)
+    for m, k in ((1, 32), (2, 1), (3, 512), (13, 32), (33, 70), (70, 32)):
+        plus = Addend(isa, m, problem.panels, k)
+        got = to_rows(problem.run(m, plus=plus.argument), 32 * problem.panels)
+        if problem.x_scale is None:
+            want, magnitude, terms = problem.want[:m], problem.magnitude[:m], shape[1] + k + 1
+        else:
+            want = problem.chain(np.arange(m)).astype(np.float64)
+            magnitude, terms = np.abs(want), k + 1
+        assert_within(got, want + plus.sums, sum_bound(terms, magnitude + plus.magnitude), f"m={m} k={k}")
 
 
 @each_isa

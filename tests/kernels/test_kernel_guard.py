@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 from oracle import bf16, child, layout
+from oracle.addend import Addend
 from oracle.bounds import assert_same_bits
 from oracle.experts import ACTIVATIONS
 from oracle.formats import int8_quantize_rows
@@ -38,9 +39,8 @@ def gemms(isa: str, fmt: str, place: Place, m: int, n: int, k: int) -> dict[str,
     gathered = kernels.operand(rows, m, k, scale, index)
     out["forward"] = kernels.forward(out["operand"], m, out["plain"], panels, k)
     out["gathered"] = kernels.forward(gathered, m, out["plain"], panels, k)
-    if not kernels.oracle.scaled:
-        start = rng.standard_normal((panels, m, 32), dtype=np.float32)
-        out["accumulated"] = kernels.forward(gathered, m, out["plain"], panels, k, start=start)
+    plus = Addend(isa, m, panels, 40, place)
+    out["with another product"] = kernels.forward(gathered, m, out["plain"], panels, k, plus=plus.argument)
     dy = bf16.normal(rng, m + 4, n)
     column_scale = rng.uniform(0.5, 2, 32 * panels).astype(np.float32)
     out["grad operand"] = kernels.grad_operand(dy, m, panels, column_scale, ld=n + 3)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from oracle import bf16, child, int4, layout
+from oracle.addend import Addend
 from oracle.bounds import U16, assert_same_bits, assert_within, sum_bound
 from oracle.formats import int8_quantize_rows
 from oracle.kernels import Kernels
@@ -25,9 +26,9 @@ def rounding_bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.abs(padded[0]).max(axis=2) / 254 @ np.abs(padded[1]).sum(axis=2).T
 
 
-def forward_bound(few: bool, x: np.ndarray, w: np.ndarray, start: np.ndarray | float = 0.0) -> np.ndarray:
+def forward_bound(few: bool, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     """few: so few rows that activations are rounded to int8, one scale per 32 k; otherwise weights may be, to bf16."""
-    bound = sum_bound(x.shape[1] + 1, np.abs(x) @ np.abs(w).T + np.abs(start), 0.0 if few else U16)
+    bound = sum_bound(x.shape[1] + 1, np.abs(x) @ np.abs(w).T, 0.0 if few else U16)
     # 2^-6 more: scale * q and the minimum of a block are multiplied apart, and each product is rounded.
     return bound + rounding_bound(x, w) * (1 + 2.0**-6) if few else bound
 
@@ -57,10 +58,10 @@ class Problem:
         rows[:, : self.k] = q
         return rows, scale
 
-    def forward(self, m: int, start: np.ndarray | None = None) -> np.ndarray:
+    def forward(self, m: int, plus: Addend | None = None) -> np.ndarray:
         rows, scale = self.rows()
         operand = self.kernels.operand(rows[:m], m, self.k, None if scale is None else scale[:m])
-        c = self.kernels.forward(operand, m, self.packed, self.panels, self.k, start=start)
+        c = self.kernels.forward(operand, m, self.packed, self.panels, self.k, plus=plus and plus.argument)
         return c.swapaxes(0, 1).reshape(m, -1)
 
     def backward(self, m: int) -> np.ndarray:
@@ -92,14 +93,16 @@ def test_both_directions(isa: str, fmt: str, shape: tuple[int, int]) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("fmt", [f for f in UNPACKED if f != "int4"])
-def test_forward_accumulates(isa: str, fmt: str) -> None:
-    problem = Problem(isa, fmt, 40, 600, tokens=35)
-    for m in (1, 2, 4, 20, 35):
-        start = np.random.default_rng(m).standard_normal((problem.panels, m, 32), dtype=np.float32) * 8
-        x, first = bf16.widen(problem.x[:m]).astype(np.float64), start.swapaxes(0, 1).reshape(m, -1).astype(np.float64)
-        bound = forward_bound(m <= span_rows(fmt, isa), x, problem.w, first)
-        assert_within(problem.forward(m, start), x @ problem.w.T + first, bound, f"m={m}")
+@each_unpacked
+def test_another_product_is_added(isa: str, fmt: str) -> None:
+    problem = Problem(isa, fmt, 100, 1100, tokens=70)
+    for m in (1, 2, 4, 8, 9, 16, 17, 20, 35, 70):
+        plus = Addend(isa, m, problem.panels, 40)
+        alone, got = problem.forward(m).astype(np.float64), problem.forward(m, plus)
+        x = bf16.widen(problem.x[:m]).astype(np.float64)
+        magnitude = np.abs(x) @ np.abs(problem.w).T if fmt != "int4" else np.abs(alone)
+        bound = sum_bound(problem.k + plus.k + 1, magnitude + plus.magnitude) * 2
+        assert_within(got, alone + plus.sums, bound, f"m={m}")
 
 
 @each_isa

@@ -86,15 +86,16 @@ class Kernels:
         panels: int,
         k: int,
         part: tuple[int, int] | None = None,
-        start: np.ndarray | None = None,
+        plus: tuple[np.ndarray, np.ndarray, int] | None = None,
     ) -> np.ndarray:
-        """C blocks [panels, m, 32]; `start` is accumulated to. An epilogue gets the same, each row and panel once."""
+        """C blocks [panels, m, 32]; plus: operand, weights and k of a bf16 product that is added. An epilogue gets the
+        same, each row and panel once."""
         p0, p1 = part or (0, panels)
-        c, work = self._c(p1 - p0, m, start), self._c(p1 - p0, m, start)
+        c, work = self._c(p1 - p0, m, None), self._c(p1 - p0, m, None)
         sums, taken = np.zeros((p1 - p0, m, 32), np.float32), np.zeros((p1 - p0, m), np.int32)
         arguments = (self.isa, self.fmt, operand, m, packed, panels, k, p0, p1)
-        _k.forward(*arguments, c, start is not None)
-        _k.forward_taken(*arguments, work, start is not None, sums, taken)
+        _k.forward(*arguments, c, plus)
+        _k.forward_taken(*arguments, work, plus, sums, taken)
         assert (taken == 1).all()
         assert sums.tobytes() == np.ascontiguousarray(c[:, :m]).tobytes()
         return c[:, :m]
