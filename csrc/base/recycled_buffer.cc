@@ -37,8 +37,8 @@ class Waiting {
 
   void give(AlignedBuffer memory, int node) {
     in_use_ -= memory.size();
-    if (memory.size() < AlignedBuffer::kMapFrom) return;  // the heap does the same for itself
-    madvise(memory.data(), memory.size(), MADV_FREE);     // advice only
+    if (memory.size() < AlignedBuffer::kMapFrom) return;                // the heap does the same for itself
+    if (madvise(memory.data(), memory.size(), MADV_FREE) != 0) return;  // a system that could not have it back gets it now
     const std::unique_lock guard(mutex_, std::try_to_lock);
     if (!guard) return;
     buffers_.push_back({std::move(memory), node});

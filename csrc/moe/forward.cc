@@ -69,7 +69,8 @@ class BlockForward {
     }
     if (!p_.lora) return;
     const int rank = p_.lora->rank;
-    lora_operand_ = scratch.take<std::byte>(std::max(k.operand_bytes(lora_format, m, hidden), k.operand_bytes(lora_format, m, inter)));
+    if (lora_packs(expert_.gate_up) || lora_packs(expert_.down))
+      lora_operand_ = scratch.take<std::byte>(std::max(k.operand_bytes(lora_format, m, hidden), k.operand_bytes(lora_format, m, inter)));
     u_operand_ = scratch.take<std::byte>(k.operand_bytes(lora_format, m, 2 * rank));
     u_ = scratch.take<bf16>(static_cast<std::size_t>(m) * static_cast<std::size_t>(round_up(2 * rank, kPanelColumns)));
     if (p_.dropout) dropped_ = scratch.take<bf16>(static_cast<std::size_t>(m) * static_cast<std::size_t>(std::max(hidden, inter)));
@@ -84,7 +85,7 @@ class BlockForward {
     else
       p_.kernels.pack_operand(format, rows, nullptr, m_, p_.config.hidden, operand_);
     if (p_.lora)
-      lora_activations(scratch, Dropout::kX, rows, p_.config.hidden, format, lora_.a_gate_up, p_.lora->gate_up_rank(),
+      lora_activations(scratch, Dropout::kX, rows, p_.config.hidden, expert_.gate_up, lora_.a_gate_up, p_.lora->gate_up_rank(),
                        p_.cache ? p_.cache->u_gate_up.as<bf16>() : nullptr);
   }
 
@@ -111,7 +112,7 @@ class BlockForward {
       p_.kernels.pack_operand(format, rows, nullptr, m_, p_.config.inter, operand_);
     }
     if (p_.lora)
-      lora_activations(scratch, Dropout::kH, rows, p_.config.inter, format, lora_.a_down, p_.lora->rank,
+      lora_activations(scratch, Dropout::kH, rows, p_.config.inter, expert_.down, lora_.a_down, p_.lora->rank,
                        p_.cache ? p_.cache->u_down.as<bf16>() : nullptr);
   }
 
@@ -136,6 +137,8 @@ class BlockForward {
  private:
   static bool int8(const PackedMatrix& w) { return w.layout().direct() == WeightFormat::int8; }
   int h_per_panel() const { return p_.config.activation.h_per_panel(); }
+  // Whether LoRA needs an operand of its own beside that of w: it multiplies in bf16, by what dropout left.
+  bool lora_packs(const PackedMatrix& w) const { return w.layout().format != WeightFormat::bf16 || p_.dropout; }
 
   // Panels [p0, p1) of operand_ W^T (+ U B^T).
   void product(Scratch& scratch, const PackedMatrix& w, const PackedMatrix* lora_b, int p0, int p1, const Epilogue& epilogue) {
@@ -155,9 +158,8 @@ class BlockForward {
     return c_;
   }
 
-  // u_operand_ = operand of scaling * X A^T (rounded to bf16; `used` columns), which the cache also keeps. packed: the format for which
-  // operand_ holds X.
-  void lora_activations(Scratch& scratch, Dropout::Site site, RowSource rows, int k, WeightFormat packed, const PackedMatrix& a, int used,
+  // u_operand_ = operand of scaling * X A^T (rounded to bf16; `used` columns), which the cache also keeps. operand_ holds X for w.
+  void lora_activations(Scratch& scratch, Dropout::Site site, RowSource rows, int k, const PackedMatrix& w, const PackedMatrix& a, int used,
                         bf16* keep) {
     const int panels = a.layout().n_panels, columns = panels * kPanelColumns;
     if (p_.dropout) {
@@ -171,7 +173,7 @@ class BlockForward {
       rows = {dropped_, k, nullptr};
     }
     const std::byte* x = operand_;
-    if (packed != WeightFormat::bf16 || p_.dropout) {
+    if (lora_packs(w)) {
       p_.kernels.pack_operand(WeightFormat::bf16, rows, nullptr, m_, k, lora_operand_);
       x = lora_operand_;
     }
