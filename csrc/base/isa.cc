@@ -40,6 +40,12 @@ std::string request_tiles() {
   return std::string("denied: ") + std::strerror(errno);
 }
 
+// AMD's performance hints: bit 0, 128-bit data paths; bit 2, 256-bit ones. Intel has no such leaf.
+bool vectors_in_halves() {
+  unsigned a, b, c, d;
+  return __get_cpuid(0x8000001Au, &a, &b, &c, &d) != 0 && (a & 1) != 0 && (a & 4) == 0;
+}
+
 Probe probe() {
   Probe p;
   __builtin_cpu_init();
@@ -78,6 +84,10 @@ Probe probe() {
   return p;
 }
 #else
+bool vectors_in_halves() {
+  return false;
+}
+
 Probe probe() {
   return {{"not x86-64", {}, "no AMX"}};
 }
@@ -119,6 +129,8 @@ bool is_test_level(Isa isa) {
 }
 
 }  // namespace
+
+const bool avx2_in_halves = vectors_in_halves();
 
 const CpuReport& cpu_report() {
   return host().report;

@@ -26,6 +26,9 @@ struct CpuReport {
 
 const CpuReport& cpu_report();  // probed once
 
+// AVX2 instructions are done in halves, as by AMD's Zen 1: such a core sees half as many of them ahead.
+extern const bool avx2_in_halves;
+
 std::string_view isa_name(Isa isa);
 bool isa_supported(Isa isa);
 std::string isa_missing(Isa isa);                    // what the host lacks for it; empty if supported

@@ -71,7 +71,7 @@ struct BlockDot {
 
  private:
   template <int R>
-  static constexpr bool kAsk = Fmt::bits != 8 || (R >= V::kAskRows);
+  static constexpr Ask kAsk = Fmt::bits != 8 || R >= V::kAskRows ? Ask::always : Ask::in_halves;
   // The large tiles of K-quants: one or two rows are faster with less ahead.
   template <int R>
   static constexpr int kDistance = Fmt::k_step == 256 && R <= 2 ? V::kAhead / 2 : V::kAhead;

@@ -40,8 +40,8 @@ struct Fp8Dot {
       for (int r = 0; r < R; ++r) total[t][r] = V::set(0.0f);
     for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += Fp8Format::k_step * R) {
       F sum[2][kSums][R];
-      ask_ahead<V, true>(panel);
-      ask_ahead<V, true>(panel + kTile);
+      ask_ahead<V, Ask::always>(panel);
+      ask_ahead<V, Ask::always>(panel + kTile);
       for (int t = 0; t < 2; ++t)
         for (int i = 0; i < kSums; ++i)
           for (int r = 0; r < R; ++r) sum[t][i][r] = V::set(0.0f);
@@ -66,7 +66,7 @@ struct Fp8Dot {
   // A row of tile: 4 consecutive k of 16 columns.
   template <int R, int kSums>
   static inline __attribute__((always_inline)) void add_codes(const std::byte* at, const float* x, F (&sum)[kSums][R]) {
-    ask_ahead<V, true>(at);
+    ask_ahead<V, Ask::always>(at);
     constexpr auto kBits = static_cast<std::int32_t>(0x87f087f0u), kHigh = static_cast<std::int32_t>(0xffff0000u);
     const I codes = V::load_i(at);
     const I odd = V::and_i(V::template sar16<4>(codes), kBits), even = V::and_i(V::template sar16<4>(V::template shl<8>(codes)), kBits);

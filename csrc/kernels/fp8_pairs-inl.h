@@ -52,7 +52,7 @@ struct Fp8Pairs {
     for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += kStepWords * R) {
       F sum[2][kSums<R>][R];
       for (int t = 0; t < 2; ++t) {
-        ask_ahead<V, true>(panel + t * kTile);
+        ask_ahead<V, Ask::always>(panel + t * kTile);
         for (int i = 0; i < kSums<R>; ++i)
           for (int r = 0; r < R; ++r) sum[t][i][r] = V::set(0.0f);
       }
@@ -107,7 +107,7 @@ struct Fp8Pairs {
   struct Codes {
     I even, odd;
     explicit inline __attribute__((always_inline)) Codes(const std::byte* at) {
-      ask_ahead<V, true>(at);
+      ask_ahead<V, Ask::always>(at);
       const I codes = V::load_i(at);
       const I lower = V::lookup_bytes128(codes, kFp8Lower.at);
       const I upper = V::or_i(V::lookup_bytes128(codes, kFp8Upper.at), V::and_i(codes, static_cast<std::int32_t>(0x80808080u)));

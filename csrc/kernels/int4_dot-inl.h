@@ -14,7 +14,7 @@ void mac_int4(const std::byte* panel, int k_steps, const std::uint32_t* x, const
                     I part[2][R];
                     for (int j = 0; j < 4; ++j) {
                       const std::byte* at = tile + kRowBytes * (1 + 2 * b + j);
-                      ask_ahead<V, true>(at);
+                      ask_ahead<V, Ask::always>(at);
                       const I row = V::load_i(at), q0 = V::and_i(row, 0x0f0f0f0f), q1 = V::and_i(V::template shr<4>(row), 0x0f0f0f0f);
 #pragma GCC unroll 2
                       for (int r = 0; r < R; ++r) {
@@ -35,7 +35,7 @@ void mac_int4(const std::byte* panel, int k_steps, const std::uint32_t* x, const
   for (int s = 0; s < k_steps; ++s, x += 16 * R, minus_sum += 4 * R)
 #pragma GCC unroll 2
     for (int t = 0; t < 2; ++t, panel += Int4Format::rows * kRowBytes) {
-      ask_ahead<V, true>(panel);
+      ask_ahead<V, Ask::always>(panel);
       const Int4Codes<V> codes(panel);
       pair(std::integral_constant<int, 0>{}, panel, codes, sum[t]);
       pair(std::integral_constant<int, 2>{}, panel, codes, sum[t]);
@@ -57,7 +57,7 @@ struct Int4VnniDot {
     for (int r = 0; r < 2 * kSums * R; ++r) sum[r / (kSums * R)][r / R % kSums][r % R] = V::set_i(0);
     for (int s = 0; s < k_steps; ++s, x += 16 * R, panel += 2 * kTile) {
 #pragma GCC unroll 18
-      for (int row = 0; row < 2 * Int4Format::rows; ++row) ask_ahead<V, true>(panel + kRowBytes * row);  // in the order of memory
+      for (int row = 0; row < 2 * Int4Format::rows; ++row) ask_ahead<V, Ask::always>(panel + kRowBytes * row);  // in the order of memory
       const Int4Codes<V> first(panel), second(panel + kTile);
       add_blocks<0>(first, second, panel, x, sum);
       add_blocks<2>(first, second, panel, x, sum);

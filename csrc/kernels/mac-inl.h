@@ -22,9 +22,9 @@ static inline __attribute__((always_inline)) void mac_row(typename Dot::Acc (&ac
   if constexpr (word + 1 < Dot::words) mac_row<V, Dot, R, NT, t0, count, word + 1>(acc, row, tile_stride, x);
 }
 
-template <class V, class Dot, int R, int NT>
-void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int steps, const std::uint32_t* x, float* c,
-         std::ptrdiff_t ldc, bool accumulate) {
+template <class V, class Dot, int R, int NT, Ask kAsk>
+void mac_asking(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int steps, const std::uint32_t* x, float* c,
+                std::ptrdiff_t ldc, bool accumulate) {
   typename Dot::Acc acc[R][NT];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -34,7 +34,7 @@ void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_str
     if constexpr (Dot::streamed && (R <= 2 || V::kInOrder) && NT == 2) {
       in_tiles<V, 16, (R > 2)>([&](auto t, int j) __attribute__((always_inline)) {
         const std::byte* row = w + t * tile_stride + 64 * j;
-        ask_ahead<V, (R >= V::kAskRows)>(row);
+        ask_ahead<V, kAsk>(row);
         mac_row<V, Dot, R, NT, t, 1>(acc, row, tile_stride, x + j * Dot::words * R);
       });
     } else {
@@ -51,6 +51,15 @@ void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_str
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int t = 0; t < NT; ++t) Dot::store(c + r * ldc + 16 * t, acc[r][t]);
+}
+
+template <class V, class Dot, int R, int NT>
+void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int steps, const std::uint32_t* x, float* c,
+         std::ptrdiff_t ldc, bool accumulate) {
+  constexpr bool kInteger = std::is_same_v<typename Dot::Acc, typename V::I>;
+  if constexpr (kInteger && Dot::streamed && V::kInOrder && R < V::kAskRows)
+    if (avx2_in_halves) return mac_asking<V, Dot, R, NT, Ask::always>(w, step_stride, tile_stride, steps, x, c, ldc, accumulate);
+  mac_asking<V, Dot, R, NT, (R >= V::kAskRows) ? Ask::always : Ask::never>(w, step_stride, tile_stride, steps, x, c, ldc, accumulate);
 }
 
 // All m rows of an operand in groups (each_group<V::kRows>), words_per_row for each row; NT from the number of rows, never from the data.

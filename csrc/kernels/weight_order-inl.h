@@ -1,14 +1,20 @@
 // In which order few rows read their weights, which come from memory once, and who asks for them ahead.
 //
 // Levels with kInOrder read them as they lie there, one tile of a k-step after the other, and the hardware asks for them ahead unless the
-// instructions on each line keep it from looking far enough (kSlow: formats that are unpacked, and from kAskRows rows on all). Others read
-// two tiles beside each other and always ask, into the L2: an L1 of Intel's has too few misses at a time for one core to fill its share of
-// the bandwidth. Every line must be asked for, rows of scales too: one that is missed waits for memory alone.
+// instructions on each line keep it from looking far enough: those of formats that are unpacked, from kAskRows rows on those of all, and
+// on CPUs that halve each of them those of int8. Others read two tiles beside each other and always ask, into the L2: an L1 of Intel's has
+// too few misses at a time for one core to fill its share of the bandwidth. Every line must be asked for, rows of scales too: one that is
+// missed waits for memory alone.
 // Include inside the namespace of a level, after Vec.
 
-template <class V, bool kSlow, int kDistance = V::kAhead>
+enum class Ask { never, in_halves, always };
+
+template <class V, Ask kAsk, int kDistance = V::kAhead>
 inline __attribute__((always_inline)) void ask_ahead(const std::byte* at) {
-  if constexpr (kSlow || !V::kInOrder) __builtin_prefetch(at + kDistance, 0, V::kInOrder ? 3 : 2);
+  if constexpr (!V::kInOrder)
+    __builtin_prefetch(at + kDistance, 0, 2);
+  else if (kAsk == Ask::always || (kAsk == Ask::in_halves && avx2_in_halves))
+    __builtin_prefetch(at + kDistance, 0, 3);
 }
 
 // use(tile, i) for the two tiles of a k-step and each of their n pieces. kApart: in order, the second tile loads the activations again;
