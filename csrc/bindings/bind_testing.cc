@@ -276,8 +276,8 @@ void init_testing(nb::module_& parent) {
     d.dtype({Dtype::bf16}).shape({n});
     kernels_for(isa_from_name(isa)).round_row(s.data<float>(), n, d.data<bf16>());
   });
-  // The n-th allocation of a buffer from now fails; 0 stops that. Returns how many were still to come.
   m.def("waiting_bytes", &RecycledBuffer::waiting_bytes);
+  // The n-th allocation of a buffer from now fails; 0 stops that. Returns how many were still to come.
   m.def("fail_allocation", [](int n) { return failing_allocation.exchange(n); });
   // `tasks` tasks on each sub-pool; those from `from` on fail, on all sub-pools or on `part` alone. The pool's error path.
   m.def(

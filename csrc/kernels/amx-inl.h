@@ -89,7 +89,7 @@ struct TileGemm {
       const auto* scale = reinterpret_cast<const float*>(operand + tiled_bytes(m, direct_steps_of(l.format, l.k)));
       const auto scaled = [&](float* at, const float* more, int row, int rows, int p) {
         Vector::scale_int8(scale + row, nullptr, rows, w, p, p + 1, at);
-        for (int i = 0; more && i < rows * kPanelColumns; i += 16) V::store(at + i, V::add(V::load(at + i), V::load(more + i)));
+        if (more) add_rows(at, more, rows);
         if (epilogue) epilogue->take(epilogue->context, at, row, rows, p);
       };
       multiply<true>(operand, m, w, p0, p1, c, plus, !epilogue, scaled);
@@ -101,6 +101,10 @@ struct TileGemm {
     }
   }
 
+  static void add_rows(float* to, const float* more, int rows) {  // of a C block
+    for (int i = 0; i < rows * kPanelColumns; i += 16) V::store(to + i, V::add(V::load(to + i), V::load(more + i)));
+  }
+
   // What is added is in tiles all the same: its product goes to an area of its own, one panel at a time.
   static void forward_few(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, const Addend* plus,
                           const Epilogue* epilogue) {
@@ -109,7 +113,7 @@ struct TileGemm {
     float* at = c;
     for (int p = p0; plus && p < p1; ++p, at += c_block_floats(m)) {
       forward(plus->operand, m, plus->w, p, p + 1, more, nullptr, nullptr);
-      for (int i = 0; i < m * kPanelColumns; i += 16) V::store(at + i, V::add(V::load(at + i), V::load(more + i)));
+      add_rows(at, more, m);
     }
     Vector::deliver(m, p0, p1, c, epilogue);
   }

@@ -53,6 +53,7 @@ void mac_asking(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t t
     for (int t = 0; t < NT; ++t) Dot::store(c + r * ldc + 16 * t, acc[r][t]);
 }
 
+// Ask::in_halves for integers, decided once: with the question at every line the loop loses what asking gains.
 template <class V, class Dot, int R, int NT>
 void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int steps, const std::uint32_t* x, float* c,
          std::ptrdiff_t ldc, bool accumulate) {

@@ -64,8 +64,8 @@ class MoeLayer {
   void check_inputs(const char* function, Tokens hidden, const Routing& routing) const;
   RoutePlan plan_chunk(const Routing& routing, int block_rows) const;
   int tokens_per_pass() const;
-  // kept, and where its tokens are copied to: of a training pass, or null.
-  void forward_chunk(const ForwardPass& pass, ForwardCache::Chunk* kept, bf16* kept_x, bf16* out) const;
+  // cache: of a training pass, whose last chunk this is; or null.
+  void forward_chunk(const ForwardPass& pass, ForwardCache* cache, bf16* out) const;
 
   const std::uint64_t serial_ = next_serial_number();
   const std::shared_ptr<SubPools> pools_;

@@ -108,11 +108,14 @@ int MoeLayer::tokens_per_pass() const {
   return config_.chunk_tokens > 0 ? std::min(config_.chunk_tokens, fits) : fits;
 }
 
-void MoeLayer::forward_chunk(const ForwardPass& pass, ForwardCache::Chunk* chunk, bf16* kept_x, bf16* out) const {
+void MoeLayer::forward_chunk(const ForwardPass& pass, ForwardCache* cache, bf16* out) const {
   SubPools::Session session(*pools_, parts(), whom_to_wake(pass.plan.rows(), config_, parts()));
   require(loaded(), ErrorKind::runtime, "Weights not loaded: [forward] they were unloaded meanwhile");
-  if (kept_x) copy_tokens(session, pass.x, pass.plan.n_tokens, config_.hidden, kept_x);
-  auto kept = [&](int p) { return chunk ? &chunk->parts[static_cast<std::size_t>(p)] : nullptr; };
+  if (cache) {
+    bf16* x = cache->x.as<bf16>() + static_cast<std::ptrdiff_t>(pass.first_token) * config_.hidden;
+    copy_tokens(session, pass.x, pass.plan.n_tokens, config_.hidden, x);
+  }
+  auto kept = [&](int p) { return cache ? &cache->chunks.back().parts[static_cast<std::size_t>(p)] : nullptr; };
   if (parts() == 1) return part(0).forward(session.part(0), pass, kept(0), {nullptr, out});
   Terms terms(parts_.size());
   session.each([&](int p) {
@@ -140,7 +143,7 @@ void MoeLayer::forward(Tokens hidden, const Routing& routing, bf16* out, const L
   const int step = tokens_per_pass(), block_rows = part(0).kernels().block_rows;
   for (int t = 0; t < routing.n_tokens; t += step) {
     const RoutePlan plan = plan_chunk(routing.slice(t, std::min(step, routing.n_tokens - t), config_.top_k), block_rows);
-    forward_chunk({plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout}, nullptr, nullptr,
+    forward_chunk({plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout}, nullptr,
                   out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
   }
 }
@@ -161,8 +164,7 @@ ForwardCache MoeLayer::forward_train(Tokens hidden, const Routing& routing, bf16
     cache.chunks.push_back({t, std::move(plan), {}});
     ForwardCache::Chunk& chunk = cache.chunks.back();
     for (const LayerPart& p : parts_) chunk.parts.push_back(p.keep(chunk.plan.rows(), lora));
-    forward_chunk({chunk.plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout}, &chunk,
-                  cache.x.as<bf16>() + static_cast<std::ptrdiff_t>(t) * config_.hidden,
+    forward_chunk({chunk.plan, t, {hidden.data + t * hidden.ld, hidden.ld}, lora, dropout}, &cache,
                   out + static_cast<std::ptrdiff_t>(t) * config_.hidden);
   }
   return cache;

@@ -38,10 +38,11 @@ def test_no_more_waits_than_was_in_use() -> None:
         assert waiting() == 0
         for tokens in (600, 700, 800, 3000, 2000, 1200, 600):
             _, cache = layer.train(make_inputs(SHAPE, tokens))
-            most = max(most, cache.nbytes + waiting())
+            most = max(most, cache.nbytes)
+            assert cache.nbytes + waiting() <= most * 1.25  # a buffer may be larger than asked for
             del cache
             say(f"{tokens}: {waiting()} bytes wait")  # type: ignore[operator]
-            assert 0 < waiting() <= most * 1.25  # a buffer may be larger than asked for
+            assert 0 < waiting() <= most * 1.25
         _, first = layer.train(make_inputs(SHAPE, 3000))
         assert waiting() < 1 << 20  # it is in use again
         _, second = layer.train(make_inputs(SHAPE, 3000))

@@ -72,7 +72,7 @@ class Kernels:
         _k.pack_operand(self.isa, self.fmt, _rows(source), self._index(index), scales, m, k, dst)
         return dst
 
-    def _c(self, blocks: int, m: int, start: np.ndarray | None) -> np.ndarray:
+    def _c(self, blocks: int, m: int, start: np.ndarray | None = None) -> np.ndarray:
         c = self.place.empty((blocks, -(-m // 32) * 32, 32), np.float32)
         if start is not None:
             c[:, :m] = start
@@ -91,7 +91,7 @@ class Kernels:
         """C blocks [panels, m, 32]; plus: operand, weights and k of a bf16 product that is added. An epilogue gets the
         same, each row and panel once."""
         p0, p1 = part or (0, panels)
-        c, work = self._c(p1 - p0, m, None), self._c(p1 - p0, m, None)
+        c, work = self._c(p1 - p0, m), self._c(p1 - p0, m)
         sums, taken = np.zeros((p1 - p0, m, 32), np.float32), np.zeros((p1 - p0, m), np.int32)
         arguments = (self.isa, self.fmt, operand, m, packed, panels, k, p0, p1)
         _k.forward(*arguments, c, plus)
