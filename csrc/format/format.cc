@@ -27,6 +27,7 @@ constexpr FormatInfo published_info_of(WeightFormat format) {
   std::copy(std::begin(T::parts), std::end(T::parts), info.parts);
   info.block = T::block;
   info.repack = &T::repack;
+  info.from_floats = T::from_floats;
   return info;
 }
 

@@ -36,6 +36,8 @@ struct FormatInfo {
   // Block b of `column`, of which `columns` <= block weights exist. False: it holds a number that is not finite.
   bool (*repack)(const RawBlock& src, int column, int b, int columns, std::byte* tile);
 
+  bool from_floats;  // KernelTable::quantize_blocks makes it
+
   bool published() const { return repack != nullptr; }
   int n_parts() const {
     int n = 0;

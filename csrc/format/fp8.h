@@ -13,6 +13,7 @@ namespace ktmoe {
 
 struct Fp8Format {
   static constexpr const char* name = "fp8";
+  static constexpr bool from_floats = true;
   static constexpr int k_step = 128;
   static constexpr int rows = 1 + k_step / 4;
   static constexpr bool int8_products = false;

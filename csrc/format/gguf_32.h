@@ -33,16 +33,17 @@ struct Gguf4Bit {
     return true;
   }
   static void repack_codes(const std::byte* codes, int column, int b, std::byte* tile) {
-    for (int j = 0; j < 16; ++j) {
-      const int both = static_cast<int>(codes[j]);
-      put_field<4>(tile, 1, column, 32 * b + j, both & 15);
-      put_field<4>(tile, 1, column, 32 * b + 16 + j, both >> 4);
+    for (int j = 0; j < 16; j += 8) {
+      const auto both = load_as<std::uint64_t>(codes + j);
+      put_fields<4>(tile, 1, column, 32 * b + j, both);
+      put_fields<4>(tile, 1, column, 32 * b + 16 + j, both >> 4);
     }
   }
 };
 
 struct Q4_0Format : Gguf4Bit<64> {
   static constexpr const char* name = "q4_0";
+  static constexpr bool from_floats = true;
   static constexpr RawPart parts[] = {{32, 18}};
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
@@ -53,6 +54,7 @@ struct Q4_0Format : Gguf4Bit<64> {
 
 struct Iq4NlFormat : Gguf4Bit<64> {
   static constexpr const char* name = "iq4_nl";
+  static constexpr bool from_floats = false;
   static constexpr RawPart parts[] = {{32, 18}};
   static constexpr std::int8_t levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
@@ -64,6 +66,7 @@ struct Iq4NlFormat : Gguf4Bit<64> {
 
 struct Mxfp4Format : Gguf4Bit<128> {
   static constexpr const char* name = "mxfp4";
+  static constexpr bool from_floats = true;
   static constexpr RawPart parts[] = {{32, 17}};
   static constexpr std::int8_t levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
   static constexpr std::int8_t zero = 12;  // levels + zero are 0 .. 24
@@ -83,6 +86,7 @@ struct Mxfp4Format : Gguf4Bit<128> {
 
 struct Q8_0Format {
   static constexpr const char* name = "q8_0";
+  static constexpr bool from_floats = true;
   static constexpr int k_step = 64;
   static constexpr int rows = 1 + k_step / 4;
   static constexpr bool int8_products = false;

@@ -14,6 +14,7 @@ namespace ktmoe {
 template <int kBits>
 struct GgufK45 {
   static constexpr const char* name = kBits == 4 ? "q4_k" : "q5_k";
+  static constexpr bool from_floats = kBits == 4;
   static constexpr int k_step = 256;
   static constexpr int scale_rows = 5, bits = kBits, block = 256;
   static constexpr int high_row = scale_rows + 32;
@@ -50,10 +51,9 @@ struct GgufK45 {
         to[1] = (small[g + 4] >> 4) | (small[g] >> 6 << 4);
       }
     }
-    for (int k = 0; k < 256; ++k) {  // 64 consecutive k share 32 bytes: low nibbles first, then high ones
-      const int q = static_cast<int>(low[32 * (k / 64) + k % 32]) >> (k % 64 / 32 * 4) & 15;
-      put_field<4>(tile, scale_rows, column, k, q);
-      if constexpr (kBits == 5) put_field<1>(tile, high_row, column, k, static_cast<int>(high[k % 32]) >> (k / 32) & 1);
+    for (int k = 0; k < 256; k += 8) {  // 64 consecutive k share 32 bytes: low nibbles first, then high ones
+      put_fields<4>(tile, scale_rows, column, k, load_as<std::uint64_t>(low + 32 * (k / 64) + k % 32) >> (k % 64 / 32 * 4));
+      if constexpr (kBits == 5) put_fields<1>(tile, high_row, column, k, load_as<std::uint64_t>(high + k % 32) >> (k / 32));
     }
     return true;
   }
@@ -63,6 +63,7 @@ using Q5KFormat = GgufK45<5>;
 
 struct Q6KFormat {
   static constexpr const char* name = "q6_k";
+  static constexpr bool from_floats = false;
   static constexpr int k_step = 256;
   static constexpr int scale_rows = 5, bits = 6, block = 256;
   static constexpr int high_row = scale_rows + 32;
@@ -85,10 +86,10 @@ struct Q6KFormat {
     if (!f16_finite(d)) return false;
     std::memcpy(half_at(tile, 0, 0, column), d, 2);
     for (int g = 0; g < 16; ++g) tile_word(tile, 1 + g / 4, column)[g % 4] = small[g];
-    for (int k = 0; k < 256; ++k) {  // 128 consecutive k share 64 bytes of nibbles and 32 bytes of high bits
+    for (int k = 0; k < 256; k += 8) {  // 128 consecutive k share 64 bytes of nibbles and 32 bytes of high bits
       const int half = k / 128, i = k % 128;
-      put_field<4>(tile, scale_rows, column, k, static_cast<int>(low[64 * half + i % 64]) >> (i / 64 * 4) & 15);
-      put_field<2>(tile, high_row, column, k, static_cast<int>(high[32 * half + i % 32]) >> (i / 32 * 2) & 3);
+      put_fields<4>(tile, scale_rows, column, k, load_as<std::uint64_t>(low + 64 * half + i % 64) >> (i / 64 * 4));
+      put_fields<2>(tile, high_row, column, k, load_as<std::uint64_t>(high + 32 * half + i % 32) >> (i / 32 * 2));
     }
     return true;
   }

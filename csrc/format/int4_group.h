@@ -12,6 +12,7 @@ namespace ktmoe {
 template <int G>
 struct Int4Group {
   static constexpr const char* name = G == 32 ? "int4_g32" : G == 64 ? "int4_g64" : "int4_g128";
+  static constexpr bool from_floats = true;
   static constexpr int k_step = 2 * G;
   static constexpr int rows = 1 + k_step / 8;
   static constexpr bool int8_products = false;

@@ -14,6 +14,7 @@ namespace ktmoe {
 template <int G>
 struct Int4Zero {
   static constexpr const char* name = G == 32 ? "int4_g32z" : G == 64 ? "int4_g64z" : "int4_g128z";
+  static constexpr bool from_floats = true;
   static constexpr int groups = G == 32 ? 4 : 2;
   static constexpr int k_step = groups * G;
   static constexpr int zero_row = groups / 2;

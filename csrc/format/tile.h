@@ -39,12 +39,19 @@ int get_field(const std::byte* tile, int row, int column, int k) {
   const auto word = load_as<std::uint32_t>(tile_word(tile, row + k * bits / 32, column));
   return static_cast<int>(word >> field_shift<bits>(k) & ((std::uint64_t{1} << bits) - 1));
 }
+// 8 fields, one in the low bits of each byte, in the order in which a word has those of 8 consecutive k, from its lowest bit on.
 template <int bits>
-void put_field(std::byte* tile, int row, int column, int k, int value) {
+std::uint32_t squeeze(std::uint64_t bytes) {
+  std::uint64_t x = bytes & 0x0101010101010101 * ((1u << bits) - 1);
+  x = (x | x >> (8 - bits)) & 0x00ff00ff00ff00ff;
+  x = (x | x >> 8) & 0x0000ffff0000ffff;
+  return static_cast<std::uint32_t>(x | x >> 16);
+}
+// The fields of k .. k + 7, k a multiple of 8, into a plane that holds zeros.
+template <int bits>
+void put_fields(std::byte* tile, int row, int column, int k, std::uint64_t bytes) {
   std::byte* at = tile_word(tile, row + k * bits / 32, column);
-  const int shift = field_shift<bits>(k);
-  const std::uint32_t mask = static_cast<std::uint32_t>((std::uint64_t{1} << bits) - 1) << shift;
-  const std::uint32_t word = (load_as<std::uint32_t>(at) & ~mask) | (static_cast<std::uint32_t>(value) << shift & mask);
+  const std::uint32_t word = load_as<std::uint32_t>(at) | squeeze<bits>(bytes) << (k % (32 / bits) / 8 * 2 * bits);
   std::memcpy(at, &word, 4);
 }
 
@@ -61,6 +68,17 @@ inline float f16_to_float(std::uint16_t h) {
   const std::uint32_t bits = static_cast<std::uint32_t>(h & 0x7fff) << 13;
   const float magnitude = load_as<float>(&bits) * 0x1p112f;  // also right for subnormals
   return h & 0x8000 ? -magnitude : magnitude;
+}
+// Round to nearest even; infinite from 65520 on, NaN stays NaN.
+inline std::uint16_t to_f16(float x) {
+  const auto bits = load_as<std::uint32_t>(&x);
+  const std::uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  const auto with_sign = [&](std::uint32_t half) { return static_cast<std::uint16_t>(sign | half); };
+  if (size > 0x7f800000) return with_sign(0x7e00);
+  if (size >= 0x477ff000) return with_sign(0x7c00);
+  if (size >= 0x38800000) return with_sign((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+  const float aligned = load_as<float>(&size) + 0.5f;  // subnormal: the last place of 0.5 is theirs
+  return with_sign(load_as<std::uint32_t>(&aligned) - 0x3f000000);
 }
 inline bool f16_finite(const std::byte* p) {
   return (load_as<std::uint16_t>(p) & 0x7c00) != 0x7c00;

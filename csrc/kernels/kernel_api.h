@@ -52,11 +52,15 @@ struct KernelTable {
   int block_rows;  // most rows of one block
 
   // --- packing weights ---
-  // Formats that are made here from bf16: bf16, int8, int4. Published formats are repacked as they are: see FormatInfo.
+  // Formats that are packed straight from bf16: bf16, int8, int4. Published formats are repacked as they are: see FormatInfo.
   // scale[r] of each of `rows` (<= 16) source rows of `k` bf16 at stride ld; formats with scales only.
   void (*row_scales)(WeightFormat, const bf16* src, std::ptrdiff_t ld, int rows, int k, float* scale);
   // One stored tile from rows (<= 16) x columns (<= k_step), zero padded. scale: as row_scales made it, or null.
   void (*pack_tile)(WeightFormat, const bf16* src, std::ptrdiff_t ld, int rows, int columns, const float* scale, std::byte* dst);
+
+  // Floats into published bytes, for formats with FormatInfo::from_floats: n blocks of w (FormatInfo::block floats each), which follow each
+  // other in the parts, too. FP8: at most 128 blocks, which get one scale in common.
+  void (*quantize_blocks)(WeightFormat, const float* w, int n, std::byte* const* parts);
 
   // --- forward: C = X W^T ---
   // int8 activations: one symmetric scale per row (as Int8Format), zero padded to ld columns. A row with NaN or Inf gets scale NaN.

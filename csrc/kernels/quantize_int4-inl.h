@@ -1,10 +1,11 @@
 // bf16 -> int4: the search that format/int4.h describes, 16 columns at a time. No fused multiply-add: every level gives the same bytes.
-// Include inside the namespace of a level, after Vec.
+// Include inside the namespace of a level, after rounding-inl.h.
 
 template <class V>
 struct Int4Quantizer {
   using F = typename V::F;
   using I = typename V::I;
+  using R = Rounding<V>;
   static constexpr int kBlock = Int4Format::block;
 
   // rows (<= 16) columns of W, `columns` (<= 64) consecutive k of each; what is beyond counts as zero.
@@ -19,26 +20,15 @@ struct Int4Quantizer {
   }
 
  private:
-  static F round(F x) {  // to nearest even, |x| < 2^22
-    const F magic = V::set(12582912.0f);
-    return V::sub(V::add(x, magic), magic);
-  }
-  static F floor(F x) {
-    const F r = round(x);
-    return V::sub(r, V::positive(V::sub(r, x)));
-  }
-  static F ceil(F x) { return V::sub(V::set(0.0f), floor(V::sub(V::set(0.0f), x))); }
-  static F clamp(F x, float low, float high) { return V::min(V::max(x, V::set(low)), V::set(high)); }
-
   struct Choice {
     F m, z, inverse, o, low, high;
 
     Choice(F m, F z) : m(m), z(z), inverse(V::div(V::set(1.0f), m)) {
-      o = floor(V::div(V::mul(V::add(z, V::set(15.0f)), m), V::set(3.0f)));
-      high = V::min(V::set(15.0f), floor(V::div(V::add(o, V::set(127.0f)), m)));
-      low = V::max(V::set(0.0f), ceil(V::div(V::sub(o, V::set(127.0f)), m)));
+      o = R::floor(V::div(V::mul(V::add(z, V::set(15.0f)), m), V::set(3.0f)));
+      high = V::min(V::set(15.0f), R::floor(V::div(V::add(o, V::set(127.0f)), m)));
+      low = V::max(V::set(0.0f), R::ceil(V::div(V::sub(o, V::set(127.0f)), m)));
     }
-    F level(F w) const { return V::min(V::max(round(V::mul(V::add(w, o), inverse)), low), high); }
+    F level(F w) const { return V::min(V::max(R::round(V::mul(V::add(w, o), inverse)), low), high); }
     F value(F q) const { return V::sub(V::mul(q, m), o); }
   };
 
@@ -50,15 +40,15 @@ struct Int4Quantizer {
     }
     // The least m whose 15 steps span the block, from -10 m to 10 m at the outermost zero points.
     const F reach = V::div(V::max(most, V::sub(V::set(0.0f), least)), V::set(10.0f));
-    const F m0 = clamp(ceil(V::max(V::div(V::sub(most, least), V::set(15.0f)), reach)), 1.0f, 16.0f);
+    const F m0 = R::clamp(R::ceil(V::max(V::div(V::sub(most, least), V::set(15.0f)), reach)), 1.0f, 16.0f);
     F best_error = V::set(3e38f), best_m = m0, best_z = V::set(0.0f);
     for (float dm : {-1.0f, 0.0f, 1.0f, 2.0f, 3.0f}) {
-      const F m = clamp(V::add(m0, V::set(dm)), 1.0f, 16.0f);
+      const F m = R::clamp(V::add(m0, V::set(dm)), 1.0f, 16.0f);
       // The zero point that centres the range: 7.5 - (least + most) / 2m, in thirds from 5 on.
       const F centre = V::sub(V::set(7.5f), V::div(V::mul(V::add(least, most), V::set(0.5f)), m));
-      const F z0 = clamp(round(V::sub(V::mul(centre, V::set(3.0f)), V::set(15.0f))), 0.0f, 15.0f);
+      const F z0 = R::clamp(R::round(V::sub(V::mul(centre, V::set(3.0f)), V::set(15.0f))), 0.0f, 15.0f);
       for (float dz : {-2.0f, -1.0f, 0.0f, 1.0f, 2.0f}) {
-        const Choice choice(m, clamp(V::add(z0, V::set(dz)), 0.0f, 15.0f));
+        const Choice choice(m, R::clamp(V::add(z0, V::set(dz)), 0.0f, 15.0f));
         F error[4];  // apart, since a single chain of additions would wait for itself
 #pragma GCC unroll 16
         for (int k = 0; k < kBlock; ++k) {

@@ -10,6 +10,7 @@ constexpr KernelTable make_table(Isa isa, int block_rows) {
       .block_rows = block_rows,
       .row_scales = &E::row_scales,
       .pack_tile = &E::pack_tile,
+      .quantize_blocks = &BlockQuantizer<V>::blocks,
       .quantize_rows = &E::quantize_rows,
       .operand_bytes = &Gemm::operand_bytes,
       .pack_operand = &Gemm::pack_operand,

@@ -318,5 +318,14 @@ def unpack_expert(
     """Packed bytes back into plain arrays, without loss. Parts are those of `MoeLayer.load_expert_raw`, bit for bit; of
     bf16: the numbers; of int8 and int4: exact int8 [n, k] and one fp32 scale a row [n]."""
 
+def quantize(
+    format: str,
+    weights: Array,  # bf16 or fp32 [n, k], rows contiguous
+    parts: list[Array],  # out: as `MoeLayer.load_expert_raw` takes them
+    pool: ThreadPool | None = None,  # whose threads share the work; None: the caller's thread
+    isa: str = "",
+) -> None:
+    """Floats in a published format. The same bytes on every level. ValueError for one that is only read from files."""
+
 # --- for tests: see csrc/bindings/bind_testing.cc -----------------------------------------------------------------
 testing: Any

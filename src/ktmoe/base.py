@@ -303,7 +303,7 @@ class BaseMoEWrapper(PackedWeights):
 
         gate_up, down = self._formats
         own = zip(weights.matrices, (gate_up, gate_up, down), strict=True)
-        ready = [None if m is None else convert(m, f) for m, f in own]
+        ready = [None if m is None else convert(m, f, self.cpu_infer.pool) for m, f in own]
         arrays: list[Any] = [None if m is None else [to_dlpack(p.contiguous()) for p in m.parts] for m in ready]
         biases: dict[str, Any] = {name: to_dlpack(b.contiguous()) for name, b in weights.biases.items()}
         if self._formats == ("bf16", "bf16"):

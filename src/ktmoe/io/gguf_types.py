@@ -15,6 +15,7 @@ GGUF_TYPE_OF = {name: name.upper() for name in ("q4_0", "q8_0", "q4_k", "q5_k", 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 BLOCK_WEIGHTS = {"q4_0": 32, "q8_0": 32, "q4_k": 256, "q5_k": 256, "q6_k": 256, "iq4_nl": 32, "mxfp4": 32}
 """Weights of a block of each format; a row is padded with zeros to whole blocks."""
+BLOCK_BYTES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q5_k": 176, "q6_k": 210, "iq4_nl": 18, "mxfp4": 17}
 
 
 def gguf() -> Any:
@@ -55,9 +56,3 @@ def dequantize_rows(rows: Tensor, kind: Any) -> Tensor:
         values = gguf().quants.dequantize(rows.numpy(), kind)
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
-
-def quantize_rows(weights: Tensor, kind: Any) -> Tensor:
-    """uint8 [n, bytes of a row] from floats [n, k], k a multiple of the block."""
-    with np.errstate(all="ignore"):
-        values = gguf().quants.quantize(np.ascontiguousarray(weights.float().numpy()), kind)
-    return torch.from_numpy(np.ascontiguousarray(values).view(np.uint8))

@@ -15,21 +15,18 @@ kp is k rounded up to whole groups or blocks; the weights behind k are zeros.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .gguf_types import BLOCK_WEIGHTS, GGUF_TYPE_OF, dequantize_rows, gguf, quantize_rows
-from .q4_k import quantize_q4_k
+from .. import _ext
+from ..capsule import rows_in_one_piece, to_dlpack
+from .gguf_types import BLOCK_BYTES, BLOCK_WEIGHTS, GGUF_TYPE_OF, dequantize_rows, gguf
 
 FP8_BLOCK = 128
 INT4_GROUPS = {f"int4_g{group}{zero}": group for zero in ("", "z") for group in (32, 64, 128)}
-_FP8_MAX = 448.0
-_BETWEEN_E2M1 = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 _E2M1 = torch.tensor([sign * m for sign in (1.0, -1.0) for m in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
 
 
@@ -79,57 +76,51 @@ def blocks_along(k: int, block: int) -> int:
 
 
 # --- quantising ---------------------------------------------------------------------------------------------------
-def _padded(weights: Tensor, block: int) -> Tensor:
-    """fp32, with zeros up to whole blocks along k."""
-    return pad(weights.float(), (0, -weights.shape[1] % block))
+QUANTISED = (*INT4_GROUPS, "fp8", "q8_0", "q4_0", "q4_k", "mxfp4")
+"""Formats that are made from floats, by the rules in csrc/kernels/quantize_blocks-inl.h; the others are only read."""
 
 
-def _int4(weights: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Symmetric: scale = largest / 7 in bf16, codes -7..7. A group with a weight that is not finite decodes to NaN."""
-    n = weights.shape[0]
-    groups = _padded(weights, group).view(n, -1, group)
-    scales = (groups.abs().amax(2) / 7).bfloat16()
-    scales = torch.where(torch.isfinite(groups).all(2), scales, torch.nan)
-    codes = (groups / scales.float()[..., None]).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(-8, 7)
-    return pack_nibbles((codes + 8).to(torch.uint8).view(n, -1)), scales
+def quantize(weights: Tensor, format: str, pool: _ext.ThreadPool | None = None) -> PublishedMatrix:
+    """Floats [n, k] in `format`. A block with a weight that is not finite decodes to numbers that are not.
+
+    pool: whose threads share the work, as `CPUInfer.pool`; None: the caller's thread alone does it.
+    NotImplementedError for a format that is only ever read from files.
+    """
+    if format == "bf16":
+        return plain(weights.detach())
+    if format not in QUANTISED:
+        raise NotImplementedError(f"Weights cannot be quantised to {format}, only to bf16, {', '.join(QUANTISED)}")
+    source = weights if weights.dtype in (torch.bfloat16, torch.float32) else weights.float()
+    matrix = empty_matrix(format, weights.shape[0], weights.shape[1])
+    _ext.quantize(format, to_dlpack(rows_in_one_piece(source)), [to_dlpack(part) for part in matrix.parts], pool)
+    return matrix
 
 
-def _int4_zero(weights: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric: 16 levels from the smallest weight (or 0) to the largest (or 0), one of them 0. NaN as in `_int4`."""
-    n = weights.shape[0]
-    groups = _padded(weights, group).view(n, -1, group)
-    low, high = groups.amin(2).clamp_(max=0.0), groups.amax(2).clamp_(min=0.0)
-    scales = ((high - low) / 15).bfloat16()
-    divisor = torch.where(scales == 0, 1.0, scales.float())
-    zeros = (-low / divisor).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(0, 15)
-    codes = (groups / divisor[..., None]).nan_to_num_(0.0, 0.0, 0.0).round_()
-    codes = (codes + zeros[..., None]).clamp_(0, 15).to(torch.uint8)
-    scales = torch.where(torch.isfinite(groups).all(2), scales, torch.nan)
-    return pack_nibbles(codes.view(n, -1)), scales, zeros.to(torch.uint8)
+def empty_matrix(format: str, n: int, k: int) -> PublishedMatrix:
+    """A matrix [n, k] whose parts hold anything; also of int4, with the parts of int8."""
 
+    def new(columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(n, columns, dtype=dtype, device="cpu")
 
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """uint8 [n, k/2] from codes 0..15 [n, k]: the even k of a pair in the low nibble."""
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+    if format == "bf16":
+        parts: tuple[Tensor, ...] = (new(k, torch.bfloat16),)
+    elif format in ("int8", "int4"):
+        parts = new(k, torch.int8), torch.empty(n, dtype=torch.float32, device="cpu")
+    elif format == "fp8":
+        parts = new(k, torch.uint8), new(blocks_along(k, FP8_BLOCK), torch.float32)
+    elif format in INT4_GROUPS:
+        groups = blocks_along(k, INT4_GROUPS[format])
+        parts = new(groups * INT4_GROUPS[format] // 2, torch.uint8), new(groups, torch.bfloat16)
+        if format.endswith("z"):
+            parts = *parts, new(groups, torch.uint8)
+    else:
+        parts = (new(blocks_along(k, BLOCK_WEIGHTS[format]) * BLOCK_BYTES[format], torch.uint8),)
+    return PublishedMatrix(format, parts, (n, k))
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The inverse of `pack_nibbles`."""
+    """uint8 [n, k], 0..15, from bytes [n, k/2]: the even k of a pair in the low nibble."""
     return torch.stack((packed & 15, packed >> 4), 2).flatten(1)
-
-
-def _fp8(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks of 128 x 128: scale = largest / 448, nearest e4m3fn. A weight that is not finite becomes NaN."""
-    n, k = weights.shape
-    rows, columns = blocks_along(n, FP8_BLOCK), blocks_along(k, FP8_BLOCK)
-    tiles = pad(weights.float(), (0, -k % FP8_BLOCK, 0, -n % FP8_BLOCK))
-    tiles = tiles.view(rows, FP8_BLOCK, columns, FP8_BLOCK)
-    scales = torch.where(torch.isfinite(tiles), tiles.abs(), 0.0).amax((1, 3)) / _FP8_MAX
-    # 0 / 0 is NaN too, but a weight of a block of zeros is a zero.
-    values = torch.where(tiles == 0, 0.0, tiles / scales[:, None, :, None])
-    values = torch.where(torch.isfinite(tiles), values.clamp(-_FP8_MAX, _FP8_MAX), torch.nan)
-    codes = values.view(rows * FP8_BLOCK, -1)[:n, :k].to(torch.float8_e4m3fn).contiguous()
-    return codes.view(torch.uint8), expand_rows(scales, n)
 
 
 def expand_rows(scales: Tensor, n: int) -> Tensor:
@@ -137,49 +128,9 @@ def expand_rows(scales: Tensor, n: int) -> Tensor:
     return scales.float().repeat_interleave(FP8_BLOCK, 0)[:n].contiguous()
 
 
-def _gguf(weights: Tensor, format: str) -> tuple[Tensor]:
-    padded = _padded(weights, BLOCK_WEIGHTS[format])
-    if format == "q4_k":
-        return (quantize_q4_k(padded),)
-    return (quantize_rows(padded, gguf().GGMLQuantizationType[GGUF_TYPE_OF[format]]),)
-
-
-def _mxfp4(weights: Tensor) -> Tensor:
-    """The rule of OCP and gguf: the power of two of the largest weight / 4, nearest e2m1. NaN as in `_int4`."""
-    blocks = _padded(weights, 32).view(weights.shape[0], -1, 32)
-    largest = blocks.abs().amax(2, keepdim=True)
-    exponents = torch.frexp(largest).exponent + (127 - 1 - 2)
-    exponents = torch.where(largest > 0, exponents.clamp(min=0), 0)
-    levels = torch.ldexp(blocks.abs(), 127 - exponents)
-    codes = torch.bucketize(levels, _BETWEEN_E2M1).to(torch.uint8)
-    codes += 8 * ((codes > 0) & (blocks < 0)).to(torch.uint8)
-    exponents = torch.where(torch.isfinite(largest), exponents, 255).to(torch.uint8)
-    return mxfp4_rows(exponents[..., 0], codes)
-
-
 def mxfp4_rows(exponents: Tensor, codes: Tensor) -> Tensor:
     """uint8 [n, 17 * blocks], as GGUF has them, from uint8 [n, blocks] and codes 0..15 [n, blocks, 32]."""
     return torch.cat((exponents[..., None], codes[..., :16] | codes[..., 16:] << 4), 2).flatten(1)
-
-
-_QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
-    "bf16": lambda weights: (weights.to(torch.bfloat16),),
-    **{f"int4_g{g}": functools.partial(_int4, group=g) for g in (32, 64, 128)},
-    **{f"int4_g{g}z": functools.partial(_int4_zero, group=g) for g in (32, 64, 128)},
-    "fp8": _fp8,
-    "q8_0": lambda weights: _gguf(weights, "q8_0"),
-    "q4_0": lambda weights: _gguf(weights, "q4_0"),
-    "q4_k": lambda weights: _gguf(weights, "q4_k"),
-    "mxfp4": lambda weights: (_mxfp4(weights),),
-}
-
-
-def quantize(weights: Tensor, format: str) -> PublishedMatrix:
-    """Floats [n, k] in `format`. NotImplementedError for a format that is only ever read from files."""
-    if format not in _QUANTIZERS:
-        raise NotImplementedError(f"Weights cannot be quantised to {format}, only to {', '.join(_QUANTIZERS)}")
-    with torch.no_grad():
-        return PublishedMatrix(format, _QUANTIZERS[format](weights), (weights.shape[0], weights.shape[1]))
 
 
 # --- and back -----------------------------------------------------------------------------------------------------
@@ -213,6 +164,9 @@ def _from_mxfp4(rows: Tensor) -> Tensor:
     return (_E2M1[torch.cat((codes & 15, codes >> 4), 2).long()] * powers).flatten(1)
 
 
-def convert(matrix: PublishedMatrix, format: str) -> PublishedMatrix:
-    """The matrix itself if it has this format already, else through floats."""
-    return matrix if matrix.format == format else quantize(dequantize(matrix), format)
+def convert(matrix: PublishedMatrix, format: str, pool: _ext.ThreadPool | None = None) -> PublishedMatrix:
+    """The matrix itself if it has this format already, else through floats. pool: as in `quantize`."""
+    if matrix.format == format:
+        return matrix
+    floats = matrix.parts[0] if matrix.format == "bf16" else dequantize(matrix)
+    return quantize(floats, format, pool)

@@ -1,0 +1,99 @@
+#include "moe/quantize.h"
+
+#include <algorithm>
+
+#include "moe/repack.h"
+
+namespace ktmoe {
+namespace {
+
+// Weights [k0, k0 + block) of a row, zeros where the row has ended.
+void take_block(const FloatMatrix& src, int row, int k0, int block, float* w) {
+  const int columns = std::min(block, src.k - k0);
+  const std::ptrdiff_t at = row * src.ld + k0;
+  if (src.is_bf16) {
+    const bf16* from = static_cast<const bf16*>(src.data) + at;
+    for (int j = 0; j < columns; ++j) w[j] = to_float(from[j]);
+  } else {
+    std::memcpy(w, static_cast<const float*>(src.data) + at, sizeof(float) * static_cast<std::size_t>(columns));
+  }
+  std::fill(w + columns, w + block, 0.0f);
+}
+
+// Blocks of `rows` follow each other in every part.
+class BlockRows {
+ public:
+  static constexpr int kRows = 16, kBlocks = 16;
+
+  BlockRows(const KernelTable& kernels, const FormatInfo& info, const FloatMatrix& src, std::byte* const* parts)
+      : kernels_(kernels), info_(info), src_(src), parts_(parts) {}
+
+  void operator()(int unit, Scratch& scratch) const {
+    const int a_row = ceil_div(src_.k, info_.block), end = std::min(kRows * (unit + 1), src_.n) * a_row;
+    auto* w = scratch.take<float>(static_cast<std::size_t>(kBlocks * info_.block));
+    for (int b = kRows * unit * a_row; b < end; b += kBlocks) {
+      const int n = std::min(kBlocks, end - b);
+      for (int i = 0; i < n; ++i) take_block(src_, (b + i) / a_row, (b + i) % a_row * info_.block, info_.block, w + i * info_.block);
+      std::byte* to[kMostRawParts] = {};
+      for (int p = 0; p < info_.n_parts(); ++p)
+        to[p] = parts_[p] + static_cast<std::ptrdiff_t>(b) * (info_.block / info_.parts[p].block * info_.parts[p].bytes);
+      kernels_.quantize_blocks(info_.format, w, n, to);
+    }
+  }
+
+ private:
+  const KernelTable& kernels_;
+  const FormatInfo& info_;
+  const FloatMatrix& src_;
+  std::byte* const* parts_;
+};
+
+// FP8: blocks of 128 rows have a scale in common, and rows of codes are not padded.
+class Fp8Rows {
+ public:
+  static constexpr int kRows = 128, kBlock = Fp8Format::block;
+
+  Fp8Rows(const KernelTable& kernels, const FloatMatrix& src, std::byte* const* parts) : kernels_(kernels), src_(src), parts_(parts) {}
+
+  void operator()(int unit, Scratch& scratch) const {
+    const int a_row = ceil_div(src_.k, kBlock), row0 = kRows * unit, rows = std::min(kRows, src_.n - row0);
+    auto* w = scratch.take<float>(kRows * kBlock);
+    auto* codes = scratch.take<std::byte>(kRows * kBlock);
+    auto* scales = scratch.take<float>(kRows);
+    std::byte* const to[kMostRawParts] = {codes, reinterpret_cast<std::byte*>(scales)};
+    for (int b = 0; b < a_row; ++b) {
+      for (int r = 0; r < rows; ++r) take_block(src_, row0 + r, kBlock * b, kBlock, w + kBlock * r);
+      kernels_.quantize_blocks(WeightFormat::fp8, w, rows, to);
+      for (int r = 0; r < rows; ++r) {
+        const std::ptrdiff_t row = row0 + r;
+        std::memcpy(parts_[0] + row * src_.k + kBlock * b, codes + kBlock * r,
+                    static_cast<std::size_t>(std::min(kBlock, src_.k - kBlock * b)));
+        std::memcpy(parts_[1] + 4 * (row * a_row + b), scales + r, 4);
+      }
+    }
+  }
+
+ private:
+  const KernelTable& kernels_;
+  const FloatMatrix& src_;
+  std::byte* const* parts_;
+};
+
+template <class Rows>
+void run(SubPools* pools, int n, const Rows& rows) {
+  const int units = ceil_div(n, Rows::kRows);
+  if (pools) return SubPools::Session(*pools, pools->count()).parallel_for(units, rows);
+  Scratch scratch;
+  for (int unit = 0; unit < units; ++unit, scratch.reset()) rows(unit, scratch);
+}
+
+}  // namespace
+
+void quantize_matrix(SubPools* pools, Isa isa, WeightFormat format, const FloatMatrix& src, std::byte* const* parts) {
+  const FormatInfo& info = format_info(format);
+  const KernelTable& kernels = kernels_for(isa);
+  if (format == WeightFormat::fp8) return run(pools, src.n, Fp8Rows(kernels, src, parts));
+  run(pools, src.n, BlockRows(kernels, info, src, parts));
+}
+
+}  // namespace ktmoe
