@@ -5,7 +5,6 @@
 
 #include "bindings/raw_parts.h"
 #include "moe/published.h"
-#include "moe/repack.h"
 
 namespace ktmoe {
 namespace {
@@ -17,7 +16,12 @@ void unpack_matrix(const char* name, const PackedMatrix& w, TileOfRow place, int
   const FormatInfo& info = format_info(w.layout().format);
   const int k = w.layout().k;
   const bool is_bf16 = info.format == WeightFormat::bf16;
-  const std::size_t expected = info.published() ? static_cast<std::size_t>(info.n_parts()) : is_bf16 ? 1 : 2;
+  if (info.published()) {
+    const auto parts = raw_parts<std::byte>("unpack_expert", name, arrays, info, n, k);
+    const WithoutGil nogil;
+    return unpack_published(w, place, 0, n, parts.data());
+  }
+  const std::size_t expected = is_bf16 ? 1 : 2;
   require(arrays.size() == expected, ErrorKind::value, "[unpack_expert] ", name, ": got ", arrays.size(), " arrays, expected ", expected,
           " for format ", info.name);
   auto arg = [&](std::size_t i) { return TensorArg<OutArray>("unpack_expert", name, arrays[i]); };
@@ -26,22 +30,10 @@ void unpack_matrix(const char* name, const PackedMatrix& w, TileOfRow place, int
     const WithoutGil nogil;
     return unpack_bf16(w, place, 0, n, numbers);
   }
-  if (!info.published()) {
-    auto* codes = arg(0).dtype({Dtype::int8}).shape({n, k}).contiguous().data<std::int8_t>();
-    float* scales = arg(1).dtype({Dtype::fp32}).shape({n}).contiguous().data<float>();
-    const WithoutGil nogil;
-    return unpack_int8(w, place, 0, n, codes, scales);
-  }
-  std::byte* parts[kMostRawParts] = {};
-  for (std::size_t i = 0; i < expected; ++i) {
-    const Dtype dtype = raw_part_dtype(info, i);
-    const auto columns = static_cast<std::int64_t>(raw_row_bytes(info.parts[i], k) / dtype_bytes(dtype));
-    TensorArg<OutArray> a = arg(i);
-    parts[i] = a.dtype({dtype}).shape({n, columns}).contiguous().data<std::byte>();
-    std::memset(parts[i], 0, a.bytes());
-  }
+  auto* codes = arg(0).dtype({Dtype::int8}).shape({n, k}).contiguous().data<std::int8_t>();
+  float* scales = arg(1).dtype({Dtype::fp32}).shape({n}).contiguous().data<float>();
   const WithoutGil nogil;
-  unpack_published(w, place, 0, n, parts);
+  unpack_int8(w, place, 0, n, codes, scales);
 }
 
 void unpack_expert(const InArray& packed, int hidden, int inter, const std::string& gate_up_format, const std::string& down_format,

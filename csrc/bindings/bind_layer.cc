@@ -8,7 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings/raw_parts.h"
-#include "moe/repack.h"
+#include "moe/packing.h"
 
 namespace ktmoe {
 
@@ -87,19 +87,13 @@ using MaybeIn = std::optional<InArray>;
 
 RawBlock raw_matrix(const char* name, const std::vector<InArray>& arrays, WeightFormat format, int n, int k) {
   const FormatInfo& info = format_info(format);
-  static constexpr RawPart kBf16{1, 2};
-  const RawPart* parts = info.published() ? info.parts : &kBf16;
-  const std::size_t expected = info.published() ? static_cast<std::size_t>(info.n_parts()) : 1;
-  require(arrays.size() == expected, ErrorKind::value, "[load_expert_raw] ", name, ": got ", arrays.size(), " arrays, expected ", expected,
-          " for format ", info.name);
-  RawBlock raw{};
-  for (std::size_t i = 0; i < expected; ++i) {
-    TensorArg<InArray> a("load_expert_raw", name, arrays[i]);
-    const Dtype dtype = info.published() ? raw_part_dtype(info, i) : Dtype::bf16;
-    a.dtype({dtype}).shape({n, static_cast<std::int64_t>(raw_row_bytes(parts[i], k) / dtype_bytes(dtype))}).contiguous();
-    raw.part[i] = a.data<std::byte>();
+  if (info.published()) {
+    const auto parts = raw_parts<const std::byte>("load_expert_raw", name, arrays, info, n, k);
+    return {{parts[0], parts[1], parts[2]}};
   }
-  return raw;
+  require(arrays.size() == 1, ErrorKind::value, "[load_expert_raw] ", name, ": got ", arrays.size(), " arrays, expected 1 for format ",
+          info.name);
+  return raw_bf16(TensorArg<InArray>("load_expert_raw", name, arrays[0]).dtype({Dtype::bf16}).shape({n, k}).contiguous().data<bf16>());
 }
 
 Biases biases_of(const char* function, const MoeConfig& c, const MaybeIn& gate, const MaybeIn& up, const MaybeIn& down) {

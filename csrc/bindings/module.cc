@@ -13,7 +13,7 @@ void init_cpu(nb::module_& m);
 void init_runtime(nb::module_& m);
 void init_layer(nb::module_& m);
 void init_export(nb::module_& m);
-void init_quantize(nb::module_& m);
+void init_floats(nb::module_& m);
 void init_job(nb::module_& m);
 void init_stream(nb::module_& m);
 void init_testing(nb::module_& m);
@@ -50,7 +50,7 @@ NB_MODULE(_ext, m) {
   init_runtime(m);
   init_layer(m);
   init_export(m);
-  init_quantize(m);
+  init_floats(m);
   init_job(m);
   init_stream(m);
   init_testing(m);

@@ -28,6 +28,7 @@ constexpr FormatInfo published_info_of(WeightFormat format) {
   info.block = T::block;
   info.repack = &T::repack;
   info.from_floats = T::from_floats;
+  info.decode = &T::decode;
   return info;
 }
 

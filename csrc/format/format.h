@@ -37,6 +37,8 @@ struct FormatInfo {
   bool (*repack)(const RawBlock& src, int column, int b, int columns, std::byte* tile);
 
   bool from_floats;  // KernelTable::quantize_blocks makes it
+  // `columns` <= block weights of a block; w has room for all of it. Numbers that are not finite come out as such.
+  void (*decode)(const RawBlock& src, int columns, float* w);
 
   bool published() const { return repack != nullptr; }
   int n_parts() const {

@@ -26,15 +26,26 @@ struct Fp8Format {
     const std::uint32_t bits = static_cast<std::uint32_t>(code & 0x80) << 24 | static_cast<std::uint32_t>(code & 0x7f) << 20;
     return load_as<float>(&bits) * load_as<float>(tile_word(tile, 0, column));
   }
+  static void decode(const RawBlock& src, int columns, float* w) {
+    const float scale = load_as<float>(src.part[1]);
+    const std::byte* codes = src.part[0];
+    for (int k = 0; k < columns; ++k) {
+      const auto code = static_cast<std::uint32_t>(codes[k]);
+      const std::uint32_t size = code & 0x7f, bits = (code & 0x80) << 24 | (size == 0x7f ? 0x7fc00000 : size << 20);
+      w[k] = std::bit_cast<float>(bits) * 0x1p120f * scale;
+    }
+  }
   static bool repack(const RawBlock& src, int column, int /*b*/, int columns, std::byte* tile) {
     const float scale = load_as<float>(src.part[1]) * 0x1p120f;
     if (!std::isfinite(scale)) return false;
     std::memcpy(tile_word(tile, 0, column), &scale, 4);
-    for (int k = 0; k < columns; ++k) {
-      if ((src.part[0][k] & std::byte{0x7f}) == std::byte{0x7f}) return false;
-      tile_word(tile, 1 + k / 4, column)[k % 4] = src.part[0][k];
+    std::uint32_t words[k_step / 4] = {}, nan = 0;
+    std::memcpy(words, src.part[0], static_cast<std::size_t>(columns));
+    for (int i = 0; i < k_step / 4; ++i) {
+      nan |= ((words[i] & 0x7f7f7f7f) + 0x01010101) & 0x80808080;
+      std::memcpy(tile_word(tile, 1 + i, column), &words[i], 4);
     }
-    return true;
+    return nan == 0;
   }
 };
 

@@ -26,6 +26,15 @@ struct Gguf4Bit {
   static float f16_scale(const std::byte* tile, int column, int k) {
     return f16_to_float(load_as<std::uint16_t>(half_at(tile, 0, k / 32, column)));
   }
+  // f(q) * scale of 32 codes.
+  template <class Level>
+  static void decode_codes(const std::byte* codes, float scale, Level level, float* w) {
+    for (int j = 0; j < 16; ++j) {
+      const int both = static_cast<int>(codes[j]);
+      w[j] = static_cast<float>(level(both & 15)) * scale;
+      w[j + 16] = static_cast<float>(level(both >> 4)) * scale;
+    }
+  }
   static bool repack_f16(const RawBlock& src, int column, int b, std::byte* tile) {
     if (!f16_finite(src.part[0])) return false;
     std::memcpy(half_at(tile, 0, b, column), src.part[0], 2);
@@ -49,6 +58,9 @@ struct Q4_0Format : Gguf4Bit<64> {
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     return static_cast<float>(code(tile, column, k) - 8) * f16_scale(tile, column, k);
   }
+  static void decode(const RawBlock& src, int /*columns*/, float* w) {
+    decode_codes(src.part[0] + 2, f16_or_nan(src.part[0]), [](int q) { return q - 8; }, w);
+  }
   static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) { return repack_f16(src, column, b, tile); }
 };
 
@@ -60,6 +72,9 @@ struct Iq4NlFormat : Gguf4Bit<64> {
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     return static_cast<float>(levels[code(tile, column, k)]) * f16_scale(tile, column, k);
+  }
+  static void decode(const RawBlock& src, int /*columns*/, float* w) {
+    decode_codes(src.part[0] + 2, f16_or_nan(src.part[0]), [](int q) { return levels[q]; }, w);
   }
   static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) { return repack_f16(src, column, b, tile); }
 };
@@ -75,6 +90,11 @@ struct Mxfp4Format : Gguf4Bit<128> {
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     const std::uint32_t bits = static_cast<std::uint32_t>(tile_word(tile, 0, column)[k / 32]) << 23;
     return static_cast<float>(levels[code(tile, column, k)]) * (0.5f * load_as<float>(&bits));
+  }
+  static void decode(const RawBlock& src, int /*columns*/, float* w) {
+    const auto e = static_cast<std::uint32_t>(src.part[0][0]);
+    const std::uint32_t bits = e == 255 ? 0x7fc00000 : e == 0 ? 0x00400000 : e << 23;
+    decode_codes(src.part[0] + 1, load_as<float>(&bits), [](int q) { return 0.5f * static_cast<float>(levels[q]); }, w);
   }
   static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) {
     if (static_cast<int>(src.part[0][0]) > 252) return false;
@@ -97,6 +117,10 @@ struct Q8_0Format {
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     return static_cast<float>(static_cast<std::int8_t>(get_field<8>(tile, 1, column, k))) *
            f16_to_float(load_as<std::uint16_t>(half_at(tile, 0, k / 32, column)));
+  }
+  static void decode(const RawBlock& src, int /*columns*/, float* w) {
+    const float d = f16_or_nan(src.part[0]);
+    for (int j = 0; j < 32; ++j) w[j] = static_cast<float>(static_cast<std::int8_t>(src.part[0][2 + j])) * d;
   }
   static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) {
     if (!f16_finite(src.part[0])) return false;

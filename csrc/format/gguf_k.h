@@ -34,23 +34,36 @@ struct GgufK45 {
   }
 
   // source: d, dmin, 12 bytes of 6-bit scales, [Q5_K: 32 bytes of high bits,] 128 bytes of low nibbles
+  static constexpr int high_at = 16, low_at = kBits == 4 ? 16 : 48;
+
+  // sc and mn of group g. The first four of each are whole, the others lie in the spare bits.
+  static void unpack_scales(const std::byte* block, int g, std::byte* to) {
+    const std::byte *small = block + 4, six{63};
+    to[0] = g < 4 ? small[g] & six : (small[g + 4] & std::byte{15}) | (small[g - 4] >> 6 << 4);
+    to[1] = g < 4 ? small[g + 4] & six : (small[g + 4] >> 4) | (small[g] >> 6 << 4);
+  }
+  static void decode(const RawBlock& src, int /*columns*/, float* w) {
+    const std::byte* p = src.part[0];
+    for (int g = 0; g < 8; ++g, w += 32) {
+      std::byte small[2];
+      unpack_scales(p, g, small);
+      const float scale = f16_or_nan(p) * static_cast<float>(small[0]), shift = f16_or_nan(p + 2) * static_cast<float>(small[1]);
+      const std::byte* low = p + low_at + 32 * (g / 2);
+      for (int j = 0; j < 32; ++j) {
+        int q = static_cast<int>(low[j]) >> (g % 2 * 4) & 15;
+        if constexpr (kBits == 5) q |= (static_cast<int>(p[high_at + j]) >> g & 1) << 4;
+        w[j] = scale * static_cast<float>(q) - shift;
+      }
+    }
+  }
+
   static bool repack(const RawBlock& src, int column, int /*b*/, int /*columns*/, std::byte* tile) {
     const std::byte* p = src.part[0];
     if (!f16_finite(p) || !f16_finite(p + 2)) return false;
     std::memcpy(half_at(tile, 0, 0, column), p, 2);
     std::memcpy(half_at(tile, 0, 1, column), p + 2, 2);
-    const std::byte *small = p + 4, *high = p + 16, *low = p + (kBits == 4 ? 16 : 48);
-    for (int g = 0; g < 8; ++g) {
-      std::byte* to = tile_word(tile, 1 + g / 2, column) + 2 * (g % 2);
-      const std::byte six{63};
-      if (g < 4) {  // the first four scales and minima are whole, the others lie in the spare bits
-        to[0] = small[g] & six;
-        to[1] = small[g + 4] & six;
-      } else {
-        to[0] = (small[g + 4] & std::byte{15}) | (small[g - 4] >> 6 << 4);
-        to[1] = (small[g + 4] >> 4) | (small[g] >> 6 << 4);
-      }
-    }
+    const std::byte *high = p + high_at, *low = p + low_at;
+    for (int g = 0; g < 8; ++g) unpack_scales(p, g, tile_word(tile, 1 + g / 2, column) + 2 * (g % 2));
     for (int k = 0; k < 256; k += 8) {  // 64 consecutive k share 32 bytes: low nibbles first, then high ones
       put_fields<4>(tile, scale_rows, column, k, load_as<std::uint64_t>(low + 32 * (k / 64) + k % 32) >> (k % 64 / 32 * 4));
       if constexpr (kBits == 5) put_fields<1>(tile, high_row, column, k, load_as<std::uint64_t>(high + k % 32) >> (k / 32));
@@ -81,6 +94,19 @@ struct Q6KFormat {
   }
 
   // source: 128 bytes of low nibbles, 64 bytes of high bit pairs, 16 int8 scales, d
+  static void decode(const RawBlock& src, int /*columns*/, float* w) {
+    const std::byte *low = src.part[0], *high = low + 128, *small = high + 64;
+    const float d = f16_or_nan(small + 16);
+    for (int g = 0; g < 16; ++g, w += 16) {
+      const float scale = d * static_cast<float>(static_cast<std::int8_t>(small[g]));
+      const int half = g / 8, i = g % 8 * 16;
+      for (int j = 0; j < 16; ++j) {
+        const int nibble = static_cast<int>(low[64 * half + i % 64 + j]) >> (i / 64 * 4) & 15;
+        const int q = nibble | (static_cast<int>(high[32 * half + i % 32 + j]) >> (i / 32 * 2) & 3) << 4;
+        w[j] = scale * static_cast<float>(q - 32);
+      }
+    }
+  }
   static bool repack(const RawBlock& src, int column, int /*b*/, int /*columns*/, std::byte* tile) {
     const std::byte *low = src.part[0], *high = low + 128, *small = high + 64, *d = small + 16;
     if (!f16_finite(d)) return false;

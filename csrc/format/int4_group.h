@@ -23,6 +23,9 @@ struct Int4Group {
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
     return static_cast<float>(get_field<4>(tile, 1, column, k) - 8) * to_float(load_as<bf16>(half_at(tile, 0, k / G, column)));
   }
+  static void decode(const RawBlock& src, int /*columns*/, float* w) {
+    decode_nibbles(src.part[0], G, 8, to_float(load_as<bf16>(src.part[1])), w);
+  }
   static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) {
     if ((load_as<std::uint16_t>(src.part[1]) & 0x7f80) == 0x7f80) return false;
     for (int i = 0; i < G / 8; ++i) std::memcpy(tile_word(tile, 1 + b * G / 8 + i, column), src.part[0] + 4 * i, 4);

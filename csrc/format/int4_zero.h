@@ -29,6 +29,9 @@ struct Int4Zero {
     return static_cast<float>(q - static_cast<int>(tile_word(tile, zero_row, column)[group])) *
            to_float(load_as<bf16>(half_at(tile, 0, group, column)));
   }
+  static void decode(const RawBlock& src, int /*columns*/, float* w) {
+    decode_nibbles(src.part[0], G, static_cast<int>(src.part[2][0]), to_float(load_as<bf16>(src.part[1])), w);
+  }
   // Zero points of 16 and more are refused like scales that are not finite.
   static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) {
     if ((load_as<std::uint16_t>(src.part[1]) & 0x7f80) == 0x7f80 || src.part[2][0] > std::byte{15}) return false;

@@ -2,6 +2,7 @@
 // The vocabulary of the format files, scalar and readable; the kernels read the same rows 16 columns at a time.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -80,6 +81,11 @@ inline std::uint16_t to_f16(float x) {
   const float aligned = load_as<float>(&size) + 0.5f;  // subnormal: the last place of 0.5 is theirs
   return with_sign(load_as<std::uint32_t>(&aligned) - 0x3f000000);
 }
+// The same of any half: NaN for those that are not finite.
+inline float f16_or_nan(const std::byte* p) {
+  const auto h = load_as<std::uint16_t>(p);
+  return (h & 0x7c00) == 0x7c00 ? std::nanf("") : f16_to_float(h);
+}
 inline bool f16_finite(const std::byte* p) {
   return (load_as<std::uint16_t>(p) & 0x7c00) != 0x7c00;
 }
@@ -95,5 +101,14 @@ inline constexpr int kMostRawParts = 3;
 struct RawBlock {
   const std::byte* part[kMostRawParts];
 };
+
+// w = (q - zero) * scale of n nibbles, the even k of a byte in the low one.
+inline void decode_nibbles(const std::byte* codes, int n, int zero, float scale, float* w) {
+  for (int j = 0; j < n / 2; ++j) {
+    const int both = static_cast<int>(codes[j]);
+    w[2 * j] = static_cast<float>((both & 15) - zero) * scale;
+    w[2 * j + 1] = static_cast<float>((both >> 4) - zero) * scale;
+  }
+}
 
 }  // namespace ktmoe

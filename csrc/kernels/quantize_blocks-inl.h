@@ -68,9 +68,7 @@ struct BlockQuantizer {
     return {-V::hmax(V::sub(V::set(0.0f), least)), V::hmax(most), V::hsum(poison) == 0.0f};
   }
 
-  static void store_u8(std::byte* p, I x) {
-    V::store_s8(reinterpret_cast<std::int8_t*>(p), V::template sar<24>(V::template shl<24>(x)));
-  }
+  static void store_u8(std::byte* p, I x) { V::store_s8(reinterpret_cast<std::int8_t*>(p), V::template sar<24>(V::template shl<24>(x))); }
   static void store_nibbles(const std::byte* q, int n, std::byte* p) {
     for (int j = 0; j < n; j += 8) {
       const std::uint32_t word = squeeze<4>(load_as<std::uint64_t>(q + j));

@@ -1,4 +1,5 @@
-// Floats -> Q4_K: w = d scale q - dmin floor, 16 blocks at a time, one in each lane. The search minimises the squared error, in three steps:
+// Floats -> Q4_K: w = d scale q - dmin floor, 16 blocks at a time, one in each lane. The search minimises the squared error, in three
+// steps:
 //   1. each group of 32 alone, with real numbers: several widths are tried; for the codes that a width gives, the best (step, low) is a
 //      line fit in closed form
 //   2. scale and floor are rounded to 6 bits, on the d and dmin that their largest values give
@@ -57,7 +58,7 @@ struct Q4KQuantizer {
   F error(int g, const Line& line) const {
     const F inv = inverse(line.step);
     F even = zero(), odd = zero();  // apart, since one chain of additions would wait for itself
-    for (const float(*w)[16] = w_ + kGroup * g, (*end)[16] = w + kGroup; w != end; w += 2) {
+    for (const float (*w)[16] = w_ + kGroup * g, (*end)[16] = w + kGroup; w != end; w += 2) {
       const F a = V::load(w[0]), b = V::load(w[1]);
       even = V::add(even, square(off(line, level(a, line.low, inv), a)));
       odd = V::add(odd, square(off(line, level(b, line.low, inv), b)));
@@ -130,9 +131,7 @@ struct Q4KQuantizer {
     return V::load(lanes);
   }
   // In which the largest is 63; the least f16 rather than 0 for very small ones.
-  static F unit(F largest) {
-    return V::mul(V::positive(largest), V::max(to_half(V::div(largest, V::set(63.0f))), V::set(0x1p-24f)));
-  }
+  static F unit(F largest) { return V::mul(V::positive(largest), V::max(to_half(V::div(largest, V::set(63.0f))), V::set(0x1p-24f))); }
 
   // --- 3 ---
   Line line_of(F d, F dmin, int g) const { return {V::mul(d, scale_[g]), V::mul(dmin, floor_[g])}; }
@@ -176,7 +175,7 @@ struct Q4KQuantizer {
     for (int pair = 0; pair < kGroups / 2; ++pair) {
       const Line low = line_of(d_, dmin_, 2 * pair), high = line_of(d_, dmin_, 2 * pair + 1);
       const F inv_low = inverse(low.step), inv_high = inverse(high.step);
-      const float(*w)[16] = w_ + 2 * kGroup * pair;
+      const float (*w)[16] = w_ + 2 * kGroup * pair;
       auto both = [&](int j) {
         return V::or_i(V::to_i(level(V::load(w[j]), low.low, inv_low)),
                        V::template shl<4>(V::to_i(level(V::load(w[kGroup + j]), high.low, inv_high))));

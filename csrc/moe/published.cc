@@ -6,7 +6,7 @@
 #include <mutex>
 #include <vector>
 
-#include "moe/repack.h"
+#include "moe/raw_matrix.h"
 
 namespace ktmoe {
 namespace {
@@ -74,6 +74,7 @@ void unpack_published(const PackedMatrix& w, TileOfRow place, int row0, int row1
         to[i] =
             parts[i] + raw_row_bytes(part, k) * static_cast<std::size_t>(row) + static_cast<std::ptrdiff_t>(k0 / part.block) * part.bytes;
         size[i] = static_cast<std::size_t>(ceil_div(std::min(info.block, k - k0), part.block) * part.bytes);
+        std::memset(to[i], 0, size[i]);
       }
       if (is_fp8) {
         for (int j = 0; j < static_cast<int>(size[0]); ++j) to[0][j] = tile_word(tile, 1 + j / 4, row % kTileColumns)[j % 4];

@@ -14,7 +14,7 @@ struct TileOfRow {
 };
 
 // Rows [row0, row1) of a matrix in a published format, bit for bit as they were repacked: parts as FormatInfo describes them, whole
-// matrices. The parts must be zeroed before.
+// matrices.
 void unpack_published(const PackedMatrix& w, TileOfRow place, int row0, int row1, std::byte* const* parts);
 
 // The same of bf16: numbers [rows][k].

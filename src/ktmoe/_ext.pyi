@@ -327,5 +327,14 @@ def quantize(
 ) -> None:
     """Floats in a published format. The same bytes on every level. ValueError for one that is only read from files."""
 
+def dequantize(
+    format: str,
+    parts: list[Array],  # as `MoeLayer.load_expert_raw` takes them
+    weights: Array,  # out: bf16 (rounded to nearest even) or fp32 [n, k]
+    pool: ThreadPool | None = None,
+    isa: str = "",
+) -> None:
+    """The numbers that a matrix in a published format stands for. What is not finite comes out as such."""
+
 # --- for tests: see csrc/bindings/bind_testing.cc -----------------------------------------------------------------
 testing: Any

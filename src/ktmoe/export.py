@@ -29,4 +29,3 @@ def _named(matrix: PublishedMatrix | None) -> PublishedMatrix | None:
     if matrix is None or matrix.format != "int4":
         return matrix
     return PublishedMatrix("int8", matrix.parts, matrix.shape)
-

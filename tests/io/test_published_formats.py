@@ -11,12 +11,10 @@ from ktmoe.io.published import (
     PublishedMatrix,
     convert,
     dequantize,
-    pack_nibbles,
     plain,
     quantize,
     unpack_nibbles,
 )
-from ktmoe.io.q4_k import quantize_q4_k
 
 FORMATS = ["bf16", *INT4_GROUPS, "fp8", "q8_0", "q4_0", "q4_k"]
 BLOCK = {**INT4_GROUPS, "q8_0": 32, "q4_0": 32, "q4_k": 256}
@@ -101,8 +99,7 @@ def test_int4_layout_and_way_back() -> None:
     assert matrix.parts[0][0, :3].tolist() == [0x1F, 0x8B, 0x88]
     assert matrix.parts[1].tolist() == [[1.0]]
     assert torch.equal(dequantize(matrix), w.float())
-    codes = torch.arange(64, dtype=torch.uint8).view(2, 32) % 16
-    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+    assert unpack_nibbles(matrix.parts[0])[0, :4].tolist() == [15, 1, 11, 8]
 
 
 # --- fp8 ----------------------------------------------------------------------------------------------------------
@@ -166,6 +163,10 @@ def test_gguf_bit_for_bit(format, shape) -> None:
     assert np.array_equal(dequantize(matrix).numpy(), decoded[:, : shape[1]])
 
 
+def q4_k(weights):
+    return quantize(weights, "q4_k").parts[0]
+
+
 def q4_k_fields(rows):
     """d, dmin [b], scale, low [b, 8], codes [b, 8, 32] of Q4_K rows, by a second reading of the layout."""
     blocks = rows.reshape(-1, 144)
@@ -200,7 +201,7 @@ DISTRIBUTIONS = {
 def test_q4_k_quality(name) -> None:
     make, bound = DISTRIBUTIONS[name]
     w = make(np.random.default_rng(0), (64, 1024)).astype(np.float32)
-    rows = quantize_q4_k(torch.from_numpy(w)).numpy()
+    rows = q4_k(torch.from_numpy(w)).numpy()
     decoded = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.Q4_K)
     assert np.linalg.norm(decoded - w) <= bound * np.linalg.norm(w)
 
@@ -209,7 +210,7 @@ def test_q4_k_quality(name) -> None:
 def test_q4_k_codes_are_the_nearest(name) -> None:
     """Whatever scales the search took: no code may be better by one step."""
     w = DISTRIBUTIONS[name][0](np.random.default_rng(1), (8, 512)).astype(np.float32)
-    d, dmin, scale, low, codes = q4_k_fields(quantize_q4_k(torch.from_numpy(w)).numpy())
+    d, dmin, scale, low, codes = q4_k_fields(q4_k(torch.from_numpy(w)).numpy())
     step, floor = (d[:, None] * scale)[..., None], (dmin[:, None] * low)[..., None]
     target = w.reshape(codes.shape)
     error = np.abs(step * codes - floor - target)
@@ -230,8 +231,8 @@ def test_q4_k_beats_the_simple_way() -> None:
 
 def test_q4_k_does_not_depend_on_its_neighbours() -> None:
     w = torch.from_numpy(np.random.default_rng(3).standard_normal((600, 256)).astype(np.float32))
-    together = quantize_q4_k(w)
-    assert torch.equal(quantize_q4_k(w[590:591]), together[590:591])
+    together = q4_k(w)
+    assert torch.equal(q4_k(w[590:591]), together[590:591])
 
 
 # --- all ----------------------------------------------------------------------------------------------------------

@@ -6,16 +6,22 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from oracle import bf16, child, layout
 from oracle.addend import Addend
 from oracle.bounds import assert_same_bits
 from oracle.experts import ACTIVATIONS
 from oracle.formats import int8_quantize_rows
 from oracle.kernels import Kernels
-from oracle.memory import Guarded, Heap, Place
+from oracle.memory import Guarded, Heap, Place, put_rows
+from oracle.published import arrays
 from oracle.registry import BLOCK_ROWS, SLOW_ISAS, each_format, each_isa
 
+from ktmoe import _ext
+from ktmoe.io.published import QUANTISED, empty_matrix
+
 SIDES = ["right", "left"]
+_NUMPY = {torch.uint8: np.uint8, torch.bfloat16: np.uint16}
 ROWS = [1, 2, 3, 7, 16, 17, 33, 65]
 SHAPES = [(1, 1), (17, 33), (33, 65), (40, 130)]
 each_side = pytest.mark.parametrize("side", SIDES)
@@ -123,6 +129,40 @@ def test_small_kernels(isa: str, side: str) -> None:
     child.run(body).check()
 
 
+def floats_and_back(isa: str, fmt: str, place: Place, n: int, k: int) -> dict[str, np.ndarray]:
+    """A matrix of floats in a published format, and what that stands for."""
+    floats = np.random.default_rng(n + k).standard_normal((n, k), np.float32)
+    out: dict[str, np.ndarray] = {}
+    for name, source in (("fp32", floats), ("bf16", bf16.narrow(floats))):
+        parts = [
+            place.empty(part.shape, _NUMPY.get(part.dtype, np.float32), part.itemsize)
+            for part in empty_matrix(fmt, n, k).parts
+        ]
+        placed = put_rows(place, source, k + 3)
+        given = bf16.tensor(placed) if source.dtype == np.uint16 else placed
+        _ext.quantize(fmt, given, arrays(parts), None, isa)
+        out |= {f"{name} part {i}": part for i, part in enumerate(parts)}
+        back = place.empty((n, k), source.dtype.type, source.itemsize)
+        _ext.dequantize(fmt, arrays(parts), bf16.tensor(back) if source.dtype == np.uint16 else back, None, isa)
+        out[f"{name} back"] = back
+    return out
+
+
+@each_isa
+@each_side
+@pytest.mark.parametrize("fmt", QUANTISED)
+def test_floats_and_back(isa: str, fmt: str, side: str) -> None:
+    def body(say: object) -> None:
+        for n, k in (*SHAPES, (130, 257)):
+            say(f"n={n} k={k}")
+            place = Guarded(side)
+            got, want = (floats_and_back(isa, fmt, where, n, k) for where in (place, Heap()))
+            compare(got, want, f"n={n} k={k}")
+            place.assert_slack_untouched()
+
+    child.run(body).check()
+
+
 @pytest.mark.parametrize("offset", [0, -1], ids=["behind the right side", "before the left side"])
 def test_the_lane_catches_one_byte(offset: int) -> None:
     side = "left" if offset < 0 else "right"
@@ -146,8 +186,6 @@ def test_the_lane_catches_a_kernel_that_reads_too_far() -> None:
         kernels = Kernels("portable", "bf16", place)
         row = bf16.tensor(place.empty((1, 32), np.uint16, 2).view())
         dst = np.zeros(1 << 16, np.uint8)
-        from ktmoe import _ext
-
         _ext.testing.pack_operand(kernels.isa, "bf16", row, None, None, 1, 33, dst)
 
     assert child.run(body).status == -signal.SIGSEGV

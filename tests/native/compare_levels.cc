@@ -77,9 +77,10 @@ std::vector<std::byte> raw_part(WeightFormat format, const RawPart& part, int wh
   const bool k_quant = part.block == 256;
   std::vector<std::size_t> halves;  // where a block has f16 numbers
   if (k_quant) halves = format == WeightFormat::q6_k ? std::vector<std::size_t>{208} : std::vector<std::size_t>{0, 2};
-  if (part.block == 32 && which == 0 && part.bytes > 16) halves = {0};
+  if (part.block == 32 && which == 0 && part.bytes > 17) halves = {0};
   for (std::size_t at = 0; at < bytes.size(); at += static_cast<std::size_t>(part.bytes)) {
     if (which == 2) bytes[at] &= std::byte{15};  // zero points
+    if (format == WeightFormat::mxfp4) bytes[at] = static_cast<std::byte>(124 + random_bits() % 4);
     for (std::size_t half : halves) bytes[at + half + 1] = std::byte{static_cast<unsigned char>(k_quant ? 0x10 : 0x20)};
     if (which == 1 && part.bytes == 2) bytes[at + 1] = std::byte{0x3d};
     const float scale = 0.003f;
@@ -122,6 +123,20 @@ Results run(const KernelTable& k, WeightFormat format, int m, int n, int kk) {
                     packed.data() + layout.panel_stride * static_cast<std::size_t>(p) + (2 * s + t) * info.tile_bytes);
     }
   r.packed.assign(packed.as<std::uint8_t>(), packed.as<std::uint8_t>() + layout.bytes);
+  if (info.from_floats) {
+    const int blocks = 21;
+    std::vector<float> floats(static_cast<std::size_t>(blocks * info.block));
+    for (float& v : floats) v = normal();
+    std::vector<std::byte> parts[kMostRawParts];
+    std::byte* to[kMostRawParts] = {};
+    for (int i = 0; i < info.n_parts(); ++i) {
+      parts[i].resize(raw_row_bytes(info.parts[i], blocks * info.block));
+      to[i] = parts[i].data();
+    }
+    k.quantize_blocks(format, floats.data(), blocks, to);
+    for (const auto& part : parts)
+      for (std::byte b : part) r.packed.push_back(static_cast<std::uint8_t>(b));
+  }
   const PackedMatrix matrix(layout, packed.data());
 
   const int ld = layout.k_padded();
@@ -135,7 +150,7 @@ Results run(const KernelTable& k, WeightFormat format, int m, int n, int kk) {
   else
     k.pack_operand(format, {x.data(), kk, nullptr}, nullptr, m, kk, operand.data());
   std::vector<float> c(c_block_floats(m) * static_cast<std::size_t>(layout.n_panels));
-  k.forward(operand.data(), m, matrix, 0, layout.n_panels, c.data(), false, nullptr);
+  k.forward(operand.data(), m, matrix, 0, layout.n_panels, c.data(), nullptr, nullptr);
   r.forward = valid(c, m, layout.n_panels);
   const int pairs = layout.n_panels;
   random_bits.seed(9);

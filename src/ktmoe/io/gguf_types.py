@@ -55,4 +55,3 @@ def dequantize_rows(rows: Tensor, kind: Any) -> Tensor:
     with np.errstate(all="ignore"):  # a scale may be anything; NaN and Inf are passed on
         values = gguf().quants.dequantize(rows.numpy(), kind)
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-

@@ -23,11 +23,10 @@ from torch import Tensor
 
 from .. import _ext
 from ..capsule import rows_in_one_piece, to_dlpack
-from .gguf_types import BLOCK_BYTES, BLOCK_WEIGHTS, GGUF_TYPE_OF, dequantize_rows, gguf
+from .gguf_types import BLOCK_BYTES, BLOCK_WEIGHTS
 
 FP8_BLOCK = 128
 INT4_GROUPS = {f"int4_g{group}{zero}": group for zero in ("", "z") for group in (32, 64, 128)}
-_E2M1 = torch.tensor([sign * m for sign in (1.0, -1.0) for m in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,39 +133,26 @@ def mxfp4_rows(exponents: Tensor, codes: Tensor) -> Tensor:
 
 
 # --- and back -----------------------------------------------------------------------------------------------------
-def dequantize(matrix: PublishedMatrix) -> Tensor:
-    """fp32 [n, k]: the weights that the format stands for."""
-    n, k = matrix.shape
+def dequantize(
+    matrix: PublishedMatrix, dtype: torch.dtype = torch.float32, pool: _ext.ThreadPool | None = None
+) -> Tensor:
+    """fp32 or bf16 [n, k]: the weights that the format stands for. pool: as in `quantize`."""
     if matrix.format == "bf16":
-        return matrix.parts[0].float()
+        return matrix.parts[0].to(dtype)
     if matrix.format == "int8":
         values, scales = matrix.parts
-        return values.float() * scales[:, None]
-    if matrix.format in INT4_GROUPS:
-        packed, scales, *zeros = matrix.parts
-        codes = unpack_nibbles(packed).float().view(n, scales.shape[1], -1)
-        codes -= zeros[0].float()[..., None] if zeros else 8
-        return (codes * scales.float()[..., None]).view(n, -1)[:, :k].contiguous()
-    if matrix.format == "fp8":
-        bits, scales = matrix.parts
-        return bits.view(torch.float8_e4m3fn).float() * scales.repeat_interleave(FP8_BLOCK, 1)[:, :k]
-    if matrix.format == "mxfp4":
-        return _from_mxfp4(matrix.parts[0])[:, :k].contiguous()
-    kind = gguf().GGMLQuantizationType[GGUF_TYPE_OF[matrix.format]]
-    return dequantize_rows(matrix.parts[0], kind)[:, :k].contiguous()
-
-
-def _from_mxfp4(rows: Tensor) -> Tensor:
-    """fp32 [n, kp]. Safetensors files have this format too, so it is read without the package gguf."""
-    blocks = rows.view(rows.shape[0], -1, 17)
-    exponents, codes = blocks[..., :1], blocks[..., 1:]
-    powers = torch.where(exponents == 255, torch.nan, torch.exp2(exponents.float() - 127))
-    return (_E2M1[torch.cat((codes & 15, codes >> 4), 2).long()] * powers).flatten(1)
+        return (values.float() * scales[:, None]).to(dtype)
+    weights = torch.empty(matrix.shape, dtype=dtype, device="cpu")
+    parts = [to_dlpack(part.contiguous()) for part in matrix.parts]
+    _ext.dequantize(matrix.format, parts, to_dlpack(weights), pool)
+    return weights
 
 
 def convert(matrix: PublishedMatrix, format: str, pool: _ext.ThreadPool | None = None) -> PublishedMatrix:
     """The matrix itself if it has this format already, else through floats. pool: as in `quantize`."""
     if matrix.format == format:
         return matrix
-    floats = matrix.parts[0] if matrix.format == "bf16" else dequantize(matrix)
+    if format == "bf16":
+        return plain(dequantize(matrix, torch.bfloat16, pool))
+    floats = matrix.parts[0] if matrix.format == "bf16" else dequantize(matrix, pool=pool)
     return quantize(floats, format, pool)

@@ -1,14 +1,16 @@
-#include "moe/quantize.h"
+#include "moe/floats.h"
 
 #include <algorithm>
 
-#include "moe/repack.h"
+#include "moe/raw_matrix.h"
 
 namespace ktmoe {
 namespace {
 
+using Source = FloatMatrix<const void>;
+
 // Weights [k0, k0 + block) of a row, zeros where the row has ended.
-void take_block(const FloatMatrix& src, int row, int k0, int block, float* w) {
+void take_block(const Source& src, int row, int k0, int block, float* w) {
   const int columns = std::min(block, src.k - k0);
   const std::ptrdiff_t at = row * src.ld + k0;
   if (src.is_bf16) {
@@ -25,7 +27,7 @@ class BlockRows {
  public:
   static constexpr int kRows = 16, kBlocks = 16;
 
-  BlockRows(const KernelTable& kernels, const FormatInfo& info, const FloatMatrix& src, std::byte* const* parts)
+  BlockRows(const KernelTable& kernels, const FormatInfo& info, const Source& src, std::byte* const* parts)
       : kernels_(kernels), info_(info), src_(src), parts_(parts) {}
 
   void operator()(int unit, Scratch& scratch) const {
@@ -44,7 +46,7 @@ class BlockRows {
  private:
   const KernelTable& kernels_;
   const FormatInfo& info_;
-  const FloatMatrix& src_;
+  const Source& src_;
   std::byte* const* parts_;
 };
 
@@ -53,7 +55,7 @@ class Fp8Rows {
  public:
   static constexpr int kRows = 128, kBlock = Fp8Format::block;
 
-  Fp8Rows(const KernelTable& kernels, const FloatMatrix& src, std::byte* const* parts) : kernels_(kernels), src_(src), parts_(parts) {}
+  Fp8Rows(const KernelTable& kernels, const Source& src, std::byte* const* parts) : kernels_(kernels), src_(src), parts_(parts) {}
 
   void operator()(int unit, Scratch& scratch) const {
     const int a_row = ceil_div(src_.k, kBlock), row0 = kRows * unit, rows = std::min(kRows, src_.n - row0);
@@ -75,8 +77,38 @@ class Fp8Rows {
 
  private:
   const KernelTable& kernels_;
-  const FloatMatrix& src_;
+  const Source& src_;
   std::byte* const* parts_;
+};
+
+class DecodedRows {
+ public:
+  static constexpr int kRows = 16;
+
+  DecodedRows(const KernelTable& kernels, const FormatInfo& info, const RawBlock& src, const FloatMatrix<void>& dst)
+      : kernels_(kernels), info_(info), strides_(info, dst.k), src_(src), dst_(dst) {}
+
+  void operator()(int unit, Scratch& scratch) const {
+    auto* w = scratch.take<float>(static_cast<std::size_t>(info_.block));
+    for (int row = kRows * unit; row < std::min(kRows * (unit + 1), dst_.n); ++row)
+      for (int b = 0; b < ceil_div(dst_.k, info_.block); ++b) {
+        const int k0 = b * info_.block, columns = std::min(info_.block, dst_.k - k0);
+        const std::ptrdiff_t at = row * dst_.ld + k0;
+        info_.decode(strides_.at(src_, row, b), columns, w);
+        if (dst_.is_bf16) {
+          kernels_.round_row(w, columns, static_cast<bf16*>(dst_.data) + at);
+        } else {
+          std::memcpy(static_cast<float*>(dst_.data) + at, w, sizeof(float) * static_cast<std::size_t>(columns));
+        }
+      }
+  }
+
+ private:
+  const KernelTable& kernels_;
+  const FormatInfo& info_;
+  const RawStrides strides_;
+  const RawBlock src_;
+  const FloatMatrix<void>& dst_;
 };
 
 template <class Rows>
@@ -89,11 +121,15 @@ void run(SubPools* pools, int n, const Rows& rows) {
 
 }  // namespace
 
-void quantize_matrix(SubPools* pools, Isa isa, WeightFormat format, const FloatMatrix& src, std::byte* const* parts) {
+void quantize_matrix(SubPools* pools, Isa isa, WeightFormat format, const Source& src, std::byte* const* parts) {
   const FormatInfo& info = format_info(format);
   const KernelTable& kernels = kernels_for(isa);
   if (format == WeightFormat::fp8) return run(pools, src.n, Fp8Rows(kernels, src, parts));
   run(pools, src.n, BlockRows(kernels, info, src, parts));
+}
+
+void dequantize_matrix(SubPools* pools, Isa isa, WeightFormat format, const RawBlock& src, const FloatMatrix<void>& dst) {
+  run(pools, dst.n, DecodedRows(kernels_for(isa), format_info(format), src, dst));
 }
 
 }  // namespace ktmoe
