@@ -7,7 +7,7 @@
 // Choosing (m, z, q): by least squared error over m = m0 - 1 .. m0 + 3 and z = z0 - 2 .. z0 + 2, in this order, the first of equals;
 // m0 = the least m whose steps reach all of the block, ceil(max((max - min) / 15, max / 10, -min / 10)) in units of scale, z0 the code
 // that centres the block's range. On Gaussian and Student-t weights this finds what a search over all 256 pairs finds within 0.3 % (rms
-// error 0.062 and 0.077). q is limited so that m q - o stays within -127 .. 127.
+// error 0.062 and 0.077). Errors are compared in fixed point, a step of m being 512. q is limited so that m q - o stays within -127 .. 127.
 //
 // tile = 9 rows x 64 bytes for k_step 64. Row 0: byte b of word n = code of block b of column n, m - 1 | z << 4. Rows 1..8: nibbles in
 // the order of int8 quads: for block pair b (0, 1) and quad r (0..3), row 1 + 4b + r holds in byte j of word n

@@ -140,6 +140,7 @@ struct Vec {
     return {_mm256_shuffle_epi8(x.a, mask), _mm256_shuffle_epi8(x.b, mask)};
   }
   KTMOE_INLINE I max16(I x, I y) { return {_mm256_max_epi16(x.a, y.a), _mm256_max_epi16(x.b, y.b)}; }
+  KTMOE_INLINE I min16(I x, I y) { return {_mm256_min_epi16(x.a, y.a), _mm256_min_epi16(x.b, y.b)}; }
   // Each byte, 0 .. 15, replaced by that entry of the table.
   KTMOE_INLINE I lookup_bytes(I index, const std::int8_t* table) {
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
@@ -154,6 +155,7 @@ struct Vec {
     return {_mm256_shuffle_epi8(x.a, pick), _mm256_shuffle_epi8(x.b, pick)};
   }
   KTMOE_INLINE I add16(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
+  KTMOE_INLINE I sub16(I x, I y) { return {_mm256_sub_epi16(x.a, y.a), _mm256_sub_epi16(x.b, y.b)}; }
   KTMOE_INLINE I maddubs(I u8, I s8) { return {_mm256_maddubs_epi16(u8.a, s8.a), _mm256_maddubs_epi16(u8.b, s8.b)}; }
   KTMOE_INLINE I abs8(I x) { return {_mm256_abs_epi8(x.a), _mm256_abs_epi8(x.b)}; }
   KTMOE_INLINE I sign8(I x, I s) { return {_mm256_sign_epi8(x.a, s.a), _mm256_sign_epi8(x.b, s.b)}; }

@@ -105,6 +105,7 @@ struct Vec {
     return _mm512_shuffle_epi8(x, _mm512_set4_epi32(pick2<b + 12>, pick2<b + 8>, pick2<b + 4>, pick2<b>));
   }
   KTMOE_INLINE I max16(I x, I y) { return _mm512_max_epi16(x, y); }
+  KTMOE_INLINE I min16(I x, I y) { return _mm512_min_epi16(x, y); }
   KTMOE_INLINE I lookup_bytes(I index, const std::int8_t* table) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index);
   }
@@ -117,6 +118,7 @@ struct Vec {
     return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(pick));
   }
   KTMOE_INLINE I add16(I x, I y) { return _mm512_add_epi16(x, y); }
+  KTMOE_INLINE I sub16(I x, I y) { return _mm512_sub_epi16(x, y); }
   KTMOE_INLINE I maddubs(I u8, I s8) { return _mm512_maddubs_epi16(u8, s8); }
   KTMOE_INLINE I sub8(I x, I y) { return _mm512_sub_epi8(x, y); }
 

@@ -176,12 +176,10 @@ struct Vec {
   }
   // Two signed 16-bit numbers a lane.
   static I max16(I a, I b) {
-    return each_i([&](int i) {
-      auto most = [&](int shift) {
-        return std::max(static_cast<std::int16_t>(a.v[i] >> shift), static_cast<std::int16_t>(b.v[i] >> shift));
-      };
-      return pair16(most(0), most(16));
-    });
+    return each_signed(a, b, [](std::int16_t x, std::int16_t y) { return x > y ? x : y; });
+  }
+  static I min16(I a, I b) {
+    return each_signed(a, b, [](std::int16_t x, std::int16_t y) { return x < y ? x : y; });
   }
   // Two unsigned 16-bit numbers a lane: low and high half of their products; four bytes a lane: a - b, wrapping.
   static I mullo16(I a, I b) {
@@ -197,6 +195,9 @@ struct Vec {
   }
   static I add16(I a, I b) {
     return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; });
+  }
+  static I sub16(I a, I b) {
+    return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x - y; });
   }
   // Two 16-bit numbers a lane: unsigned bytes of a times signed bytes of b, neighbours added (callers keep it below 2^15).
   static I maddubs(I a, I b) {
@@ -248,6 +249,13 @@ struct Vec {
   }
 
  private:
+  template <class Op>
+  static I each_signed(I a, I b, Op op) {
+    return each_i([&](int i) {
+      return pair16(op(static_cast<std::int16_t>(a.v[i]), static_cast<std::int16_t>(b.v[i])),
+                    op(static_cast<std::int16_t>(a.v[i] >> 16), static_cast<std::int16_t>(b.v[i] >> 16)));
+    });
+  }
   template <class Op>
   static I each_halves(I a, I b, Op op) {
     return each_i([&](int i) {
