@@ -28,7 +28,7 @@ class BlockRows {
   static constexpr int kRows = 16, kBlocks = 16;
 
   BlockRows(const KernelTable& kernels, const FormatInfo& info, const Source& src, std::byte* const* parts)
-      : kernels_(kernels), info_(info), src_(src), parts_(parts) {}
+      : kernels_(kernels), info_(info), strides_(info, src.k), src_(src), parts_(parts) {}
 
   void operator()(int unit, Scratch& scratch) const {
     const int a_row = ceil_div(src_.k, info_.block), end = std::min(kRows * (unit + 1), src_.n) * a_row;
@@ -37,8 +37,7 @@ class BlockRows {
       const int n = std::min(kBlocks, end - b);
       for (int i = 0; i < n; ++i) take_block(src_, (b + i) / a_row, (b + i) % a_row * info_.block, info_.block, w + i * info_.block);
       std::byte* to[kMostRawParts] = {};
-      for (int p = 0; p < info_.n_parts(); ++p)
-        to[p] = parts_[p] + static_cast<std::ptrdiff_t>(b) * (info_.block / info_.parts[p].block * info_.parts[p].bytes);
+      for (int p = 0; p < info_.n_parts(); ++p) to[p] = parts_[p] + strides_.offset(p, b / a_row, b % a_row);
       kernels_.quantize_blocks(info_.format, w, n, to);
     }
   }
@@ -46,6 +45,7 @@ class BlockRows {
  private:
   const KernelTable& kernels_;
   const FormatInfo& info_;
+  const RawStrides strides_;
   const Source& src_;
   std::byte* const* parts_;
 };
@@ -55,7 +55,8 @@ class Fp8Rows {
  public:
   static constexpr int kRows = 128, kBlock = Fp8Format::block;
 
-  Fp8Rows(const KernelTable& kernels, const Source& src, std::byte* const* parts) : kernels_(kernels), src_(src), parts_(parts) {}
+  Fp8Rows(const KernelTable& kernels, const Source& src, std::byte* const* parts)
+      : kernels_(kernels), strides_(format_info(WeightFormat::fp8), src.k), src_(src), parts_(parts) {}
 
   void operator()(int unit, Scratch& scratch) const {
     const int a_row = ceil_div(src_.k, kBlock), row0 = kRows * unit, rows = std::min(kRows, src_.n - row0);
@@ -67,16 +68,16 @@ class Fp8Rows {
       for (int r = 0; r < rows; ++r) take_block(src_, row0 + r, kBlock * b, kBlock, w + kBlock * r);
       kernels_.quantize_blocks(WeightFormat::fp8, w, rows, to);
       for (int r = 0; r < rows; ++r) {
-        const std::ptrdiff_t row = row0 + r;
-        std::memcpy(parts_[0] + row * src_.k + kBlock * b, codes + kBlock * r,
+        std::memcpy(parts_[0] + strides_.offset(0, row0 + r, b), codes + kBlock * r,
                     static_cast<std::size_t>(std::min(kBlock, src_.k - kBlock * b)));
-        std::memcpy(parts_[1] + 4 * (row * a_row + b), scales + r, 4);
+        std::memcpy(parts_[1] + strides_.offset(1, row0 + r, b), scales + r, 4);
       }
     }
   }
 
  private:
   const KernelTable& kernels_;
+  const RawStrides strides_;
   const Source& src_;
   std::byte* const* parts_;
 };

@@ -64,6 +64,7 @@ void unpack_published(const PackedMatrix& w, TileOfRow place, int row0, int row1
   const int k = w.layout().k;
   static const std::vector<Moves> kNone;
   const std::vector<Moves>& table = is_fp8 ? kNone : moves_of(info);
+  const RawStrides strides(info, k);
   for (int row = row0; row < row1; ++row)
     for (int k0 = 0; k0 < k; k0 += info.block) {
       const std::byte* tile = w.tile(place.panel(row), place.tile(row), k0 / info.k_step);
@@ -71,8 +72,7 @@ void unpack_published(const PackedMatrix& w, TileOfRow place, int row0, int row1
       std::size_t size[kMostRawParts] = {};
       for (int i = 0; i < info.n_parts(); ++i) {
         const RawPart& part = info.parts[i];
-        to[i] =
-            parts[i] + raw_row_bytes(part, k) * static_cast<std::size_t>(row) + static_cast<std::ptrdiff_t>(k0 / part.block) * part.bytes;
+        to[i] = parts[i] + strides.offset(i, row, k0 / info.block);
         size[i] = static_cast<std::size_t>(ceil_div(std::min(info.block, k - k0), part.block) * part.bytes);
         std::memset(to[i], 0, size[i]);
       }

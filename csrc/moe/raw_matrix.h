@@ -19,9 +19,11 @@ class RawStrides {
       block_[i] = info.block / info.parts[i].block * info.parts[i].bytes;
     }
   }
+  // Of block b of a row, in bytes from the beginning of the part.
+  std::ptrdiff_t offset(int part, int row, int b) const { return row_[part] * row + block_[part] * b; }
   RawBlock at(const RawBlock& matrix, int row, int b) const {
     RawBlock block{};
-    for (int i = 0; i < n_parts_; ++i) block.part[i] = matrix.part[i] + row_[i] * row + block_[i] * b;
+    for (int i = 0; i < n_parts_; ++i) block.part[i] = matrix.part[i] + offset(i, row, b);
     return block;
   }
 

@@ -100,6 +100,8 @@ def test_int4_layout_and_way_back() -> None:
     assert matrix.parts[1].tolist() == [[1.0]]
     assert torch.equal(dequantize(matrix), w.float())
     assert unpack_nibbles(matrix.parts[0])[0, :4].tolist() == [15, 1, 11, 8]
+    codes = torch.arange(64, dtype=torch.uint8).view(2, 32) % 16
+    assert torch.equal(unpack_nibbles(codes[:, 0::2] | codes[:, 1::2] << 4), codes)
 
 
 # --- fp8 ----------------------------------------------------------------------------------------------------------
