@@ -1,6 +1,7 @@
 """Fixes what would make a test run differ from the last one."""
 
 import os
+import signal
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -15,4 +16,5 @@ settings.register_profile(
 )
 settings.load_profile("ktmoe")
 os.environ["KTMOE_CACHE"] = "off"  # a test that wants a cache names its own folder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 torch.set_num_threads(1)  # the references are small; torch's threads would only fight the engine's

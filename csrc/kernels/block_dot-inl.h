@@ -14,8 +14,8 @@ struct BlockDot {
   static constexpr int kMostRows = 16;  // more rows pay for unpacking the weights, and their activations stay exact
   static constexpr bool kFromZero = requires { Fmt::zero; };
   static constexpr bool kUnsigned = Fmt::bits < 8 && (kFromZero || !HasLevels<Fmt>);  // levels 0 .. 63 that maddubs takes
-  using Signed = std::conditional_t<V::kVnni, Int8VnniDot<V>, std::conditional_t<V::kSignedBytes, Int8SignDot<V>, Int8PairDot<V>>>;
-  static constexpr int kSpanWords = kUnsigned ? 8 : 8 * Signed::words;
+  using Signed = Int8Dot<V>;
+  static constexpr int kSpanWords = 8;
   static constexpr bool kTwoScales = Fmt::bits == 6;                      // one for each 16 k
   static constexpr bool kStart = !kUnsigned && Signed::unsigned_weights;  // integer sums start from -128 sum(x8)
   static constexpr int kSpanScales = kTwoScales ? 3 : kUnsigned || kStart ? 2 : 1;
@@ -81,10 +81,7 @@ struct BlockDot {
     for (int q = 0; q < 8; ++q) {
       std::int8_t quad[4];
       for (int b = 0; b < 4; ++b) quad[b] = Fmt::bits == 8 ? x[4 * q + b] : x[8 * (q / 2) + 2 * b + q % 2];
-      if (kUnsigned)
-        std::memcpy(words + q * rows, quad, 4);
-      else
-        Signed::pack(quad, words + Signed::words * q * rows, words + (Signed::words * q + 1) * rows);
+      std::memcpy(words + q * rows, quad, 4);
     }
   }
 
@@ -124,7 +121,7 @@ struct BlockDot {
       ask_ahead<V, kAsk<R>, kDistance<R>>(at);
       const I word = V::load_i(at);
       if constexpr (Fmt::bits == 8) {
-        signed_products<R>(word, x + row * Signed::words * R, part);
+        signed_products<R>(word, x + row * R, part);
       } else {
         const I low = V::and_i(word, 0x0f0f0f0f), high = V::and_i(V::template shr<4>(word), 0x0f0f0f0f);
         constexpr bool kFirst = row == 0 || (kHalves && row == 2);
@@ -132,8 +129,8 @@ struct BlockDot {
           unsigned_products<R, kFirst, row>(tile, span, V::lookup_bytes(low, kLevelsFromZero<Fmt>.at),
                                             V::lookup_bytes(high, kLevelsFromZero<Fmt>.at), x + 2 * row * R, part);
         } else if constexpr (HasLevels<Fmt>) {
-          signed_products<R>(V::lookup_bytes(low, Fmt::levels), x + 2 * row * Signed::words * R, part);
-          signed_products<R>(V::lookup_bytes(high, Fmt::levels), x + (2 * row + 1) * Signed::words * R, part);
+          signed_products<R>(V::lookup_bytes(low, Fmt::levels), x + 2 * row * R, part);
+          signed_products<R>(V::lookup_bytes(high, Fmt::levels), x + (2 * row + 1) * R, part);
         } else {
           unsigned_products<R, kFirst, row>(tile, span, low, high, x + 2 * row * R, part);
         }
@@ -149,17 +146,13 @@ struct BlockDot {
     }
   }
 
-  static inline __attribute__((always_inline)) I whole_sums(I part) { return kPairSums ? pairs(part) : part; }
-  static inline __attribute__((always_inline)) I pairs(I sums16) { return V::madd(V::set_i(0), sums16, V::set_i(0x00010001)); }
+  static inline __attribute__((always_inline)) I whole_sums(I part) { return kPairSums ? V::pairs(V::set_i(0), part) : part; }
 
   template <int R>
   static inline __attribute__((always_inline)) void signed_products(I levels, const std::uint32_t* x, I (&part)[R]) {
-    const I first = Signed::template of<0>(levels), second = Signed::template of<Signed::words - 1>(levels);
+    const I w = Signed::of(levels);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      part[r] = Signed::mac(part[r], first, x + r);
-      if constexpr (Signed::words == 2) part[r] = Signed::mac(part[r], second, x + R + r);
-    }
+    for (int r = 0; r < R; ++r) part[r] = Signed::mac(part[r], w, x + r);
   }
 
   // VNNI sums in 32 bits. In 16 bits: 4-bit levels over the span (8 products of pairs, 8 * 2 * 15 * 127 = 30480), 5-bit levels, MXFP4's
@@ -190,7 +183,7 @@ struct BlockDot {
         if constexpr (kPairSums)
           part[r] = kFirst ? both : V::add16(part[r], both);
         else
-          part[r] = kFirst ? pairs(both) : V::add_i(part[r], pairs(both));
+          part[r] = V::pairs(kFirst ? V::set_i(0) : part[r], both);
       }
     }
   }

@@ -1,15 +1,16 @@
 // Dot policies: how 64 bytes of packed weights (16 columns) times one row's activations become 16 accumulators.
+//   integers     sums are int32, not fp32
 //   words        32-bit activation words that belong to one 64-byte row
 //   streamed     the rows are packed weights in memory (and worth prefetching), not a buffer in L1
 //   weights<w>   the part of the row that word w multiplies
 //   mac          acc + weights * word (the word is broadcast from memory)
-//   pack         the activation words of 64 / 32 consecutive k of one row
 // Include inside the namespace of a level, after Vec.
 
 template <class V>
 struct Bf16Dot {
   using Acc = typename V::F;
   using Weights = typename V::F;
+  static constexpr bool integers = false;
   static constexpr int words = 2;
   static constexpr bool streamed = true;
   static Acc zero() { return V::set(0.0f); }
@@ -48,71 +49,44 @@ struct Bf16PairDot : Bf16Dot<V> {
   }
 };
 
-// int8 x int8 through int16 pairs: exact, and without the saturation of the byte-wise instruction.
+// int8 x int8: neighbours summed to 16 bits, then to 32; exact.
 template <class V>
-struct Int8PairDot {
+struct Int8BytesDot {
   using Acc = typename V::I;
   using Weights = typename V::I;
-  static constexpr int words = 2;
+  static constexpr bool integers = true;
+  static constexpr int words = 1;
   static constexpr bool streamed = true;
-  static constexpr bool unsigned_weights = false;
+  static constexpr bool unsigned_weights = false;  // weights + 128, so that sums are too large by 128 * (sum of the activations)
   static Acc zero() { return V::set_i(0); }
   static Acc load(const float* c) { return V::load_i(c); }
   static void store(float* c, Acc a) { V::store_i(c, a); }
   template <int w>
   static Weights weights(const std::byte* row) {
-    return of<w>(V::load_i(row));
+    return of(V::load_i(row));
   }
-  template <int w>
-  static Weights of(typename V::I bytes) {
-    return w == 0 ? V::even_s8(bytes) : V::odd_s8(bytes);
-  }
-  static Acc mac(Acc acc, Weights w, const std::uint32_t* x) { return V::madd(acc, w, V::set_i(static_cast<std::int32_t>(*x))); }
-  // Four int8 -> words (x0, x2), (x1, x3).
-  static void pack(const std::int8_t* x, std::uint32_t* word0, std::uint32_t* word1) {
-    *word0 = static_cast<std::uint16_t>(x[0]) | static_cast<std::uint32_t>(static_cast<std::uint16_t>(x[2])) << 16;
-    *word1 = static_cast<std::uint16_t>(x[1]) | static_cast<std::uint32_t>(static_cast<std::uint16_t>(x[3])) << 16;
+  static Weights of(typename V::I bytes) { return bytes; }
+  static Acc mac(Acc acc, Weights w, const std::uint32_t* x) {
+    return V::pairs(acc, V::maddss(w, V::set_i(static_cast<std::int32_t>(*x))));
   }
 };
 
-// int8 x int8 from bytes: |w| times x with the sign of w, summed in pairs to int16 (at most 2 * 128 * 127: exact, since activations are
-// never -128), then to int32. Fewer steps from memory to sum than the pairs above, but more registers: for few rows.
+// The same with VNNI, whose first operand is unsigned.
 template <class V>
-struct Int8SignDot : Int8PairDot<V> {
-  static constexpr int words = 1;
-  template <int w>
-  static typename V::I weights(const std::byte* row) {
-    return V::load_i(row);
-  }
-  template <int w>
-  static typename V::I of(typename V::I bytes) {
-    return bytes;
-  }
-  static typename V::I mac(typename V::I acc, typename V::I w, const std::uint32_t* x) {
-    const typename V::I signed_x = V::sign8(V::set_i(static_cast<std::int32_t>(*x)), w);
-    return V::madd(acc, V::maddubs(V::abs8(w), signed_x), V::set_i(0x00010001));
-  }
-  static void pack(const std::int8_t* x, std::uint32_t* word0, std::uint32_t*) { std::memcpy(word0, x, 4); }
-};
-
-// int8 x int8 with VNNI, whose first operand is unsigned: weights + 128, corrected by 128 * (sum of the activations) at the end.
-template <class V>
-struct Int8VnniDot : Int8PairDot<V> {
-  static constexpr int words = 1;
+struct Int8VnniDot : Int8BytesDot<V> {
   static constexpr bool unsigned_weights = true;
   template <int w>
   static typename V::I weights(const std::byte* row) {
-    return of<w>(V::load_i(row));
+    return of(V::load_i(row));
   }
-  template <int w>
-  static typename V::I of(typename V::I bytes) {
-    return V::xor_i(bytes, static_cast<std::int32_t>(0x80808080u));
-  }
+  static typename V::I of(typename V::I bytes) { return V::xor_i(bytes, static_cast<std::int32_t>(0x80808080u)); }
   static typename V::I mac(typename V::I acc, typename V::I w, const std::uint32_t* x) {
     return V::dpbusd(acc, w, V::set_i(static_cast<std::int32_t>(*x)));
   }
-  static void pack(const std::int8_t* x, std::uint32_t* word0, std::uint32_t*) { std::memcpy(word0, x, 4); }
 };
+
+template <class V>
+using Int8Dot = std::conditional_t<V::kVnni, Int8VnniDot<V>, Int8BytesDot<V>>;
 
 // The same products on tiles that were unpacked into cache: nothing to prefetch.
 template <class Dot>

@@ -4,14 +4,12 @@
 // int8 followed by the row scales and 128 * (row sums).
 // Include inside the namespace of a level, after mac-inl.h.
 
-template <class V, class Int8Dot>
+template <class V>
 struct VectorGemm {
   using F = typename V::F;
   using Products = std::conditional_t<V::kBf16Pairs, Bf16Products<V>, Fp32Products<V>>;
   static constexpr int kMaxBlockRows = 256;
 
-  static constexpr int kFewRows = 2;  // of int8, which Int8Few takes
-  using Int8Few = std::conditional_t<V::kSignedBytes, Int8SignDot<V>, Int8Dot>;
   // What multiplies few rows of a block format (up to kMostRows).
   template <class Fmt>
   using FewBlocks = std::conditional_t<V::kPlainLoops, PlainBlocks<V, Fmt>,
@@ -36,24 +34,22 @@ struct VectorGemm {
   }
 
   static bool int8_products(WeightFormat format) { return format_info(format).direct == WeightFormat::int8; }
+  // int4 without VNNI has an operand of its own.
+  static bool in_blocks(WeightFormat format) { return format == WeightFormat::int4 && !V::kVnni; }
+  // With VNNI, up to so many rows of int4 are multiplied from registers; for more, weights become int8 tiles in cache.
+  static constexpr int kFewInt4 = 2 * V::kRows;
+
   static std::size_t words_per_row(WeightFormat format, int k) {
     const FormatInfo& info = format_info(format);
-    const int rows64 = ceil_div(k, info.k_step) * direct_steps(info) * 16;
-    return static_cast<std::size_t>(rows64) * (int8_products(format) ? Int8Dot::words : Products::Stored::words);
+    const int padded = round_up(k, info.k_step), rows64 = padded / info.k_step * direct_steps(info) * 16;
+    if (in_blocks(format)) return static_cast<std::size_t>(padded / 32 * Int4Blocks<V>::kPairWords);
+    return static_cast<std::size_t>(rows64) * (int8_products(format) ? Int8Dot<V>::words : Products::Stored::words);
   }
 
   // --- operands ---
 
-  // So few rows of int4 are multiplied from registers; for more, weights become int8 tiles in cache.
-  static constexpr int kFewInt4 = V::kVnni ? 2 * V::kRows : 2;
-  static bool few_int4(WeightFormat format, int m) { return format == WeightFormat::int4 && m <= kFewInt4; }
-  // The words of all rows; the scales and offsets of int8 lie behind them.
-  static std::size_t operand_words(WeightFormat format, int m, int k) {
-    const std::size_t quads = static_cast<std::size_t>(round_up(k, format_info(format).k_step)) / 4;
-    return static_cast<std::size_t>(m) * (few_int4(format, m) && !V::kVnni ? quads + quads / 4 : words_per_row(format, k));
-  }
   static std::size_t operand_bytes(WeightFormat format, int m, int k) {
-    std::size_t bytes = operand_words(format, m, k) * 4 + static_cast<std::size_t>(m) * 8;  // 8: the scale and offset of int8
+    std::size_t bytes = static_cast<std::size_t>(m) * (words_per_row(format, k) * 4 + 8);  // 8: the scale and offset of int8
     with_few_blocks(format, m, [&](auto few) { bytes = few.bytes(m, round_up(k, format_info(format).k_step)); });
     return bytes;
   }
@@ -62,33 +58,13 @@ struct VectorGemm {
     const int padded = round_up(k, format_info(format).k_step);
     if (with_few_blocks(format, m, [&](auto few) { few.pack(rows, m, k, padded, dst); })) return;
     if (!int8_products(format)) return Products::pack(rows, m, k, padded, dst);
-    auto* scale = reinterpret_cast<float*>(dst) + operand_words(format, m, k);
+    auto* scale = reinterpret_cast<float*>(dst) + static_cast<std::size_t>(m) * words_per_row(format, k);
     auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
     for (int r = 0; r < m; ++r) scale[r] = row_scale[rows.index ? rows.index[r] : r];
     std::fill_n(offset, m, 0);
-    if (few_int4(format, m) && !V::kVnni)
-      pack_few_int4(rows, m, padded, dst);
-    else if (m <= kFewRows)
-      pack_int8<Int8Few>(format, rows, m, k, padded, dst, offset);
-    else
-      pack_int8<Int8Dot>(format, rows, m, k, padded, dst, offset);
-  }
-
-  template <class Dot>
-  static void pack_int8(WeightFormat format, RowSource rows, int m, int k, int padded, std::byte* dst, std::int32_t* offset) {
-    auto* words = reinterpret_cast<std::uint32_t*>(dst);
-    if constexpr (Dot::words == 1)
-      interleave_groups<V>(m, padded / 4, dst, [&](int r, int i) { return V::load_i(rows.row<std::int8_t>(r) + 64 * i); });
-    else
-      each_group<V::kRows>(m, [&](int r0, int n) {
-        for (int r = 0; r < n; ++r) {
-          const std::int8_t* x = rows.row<std::int8_t>(r0 + r);
-          std::uint32_t* w = words + r;
-          for (int q = 0; q < padded / 4; ++q, w += Dot::words * n) Dot::pack(x + 4 * q, w, w + n);
-        }
-        words += static_cast<std::size_t>(n) * words_per_row(format, k);
-      });
-    if constexpr (Dot::unsigned_weights)
+    if (in_blocks(format)) return Int4Blocks<V>::pack(rows, m, padded, reinterpret_cast<std::uint32_t*>(dst));
+    interleave_groups<V>(m, padded / 4, dst, [&](int r, int i) { return V::load_i(rows.row<std::int8_t>(r) + 64 * i); });
+    if constexpr (Int8Dot<V>::unsigned_weights)
       for (int r = 0; r < m; ++r) offset[r] = 128 * sum_bytes(rows.row<std::int8_t>(r), padded);
   }
 
@@ -100,21 +76,6 @@ struct VectorGemm {
     std::int32_t sum = 0;
     for (std::int32_t lane : lanes) sum += lane;
     return sum;
-  }
-
-  // What mac_int4 reads, in the place of the words: int8 quads, then the sums of blocks.
-  static void pack_few_int4(RowSource rows, int m, int padded, std::byte* dst) {
-    auto* words = reinterpret_cast<std::uint32_t*>(dst);
-    std::uint32_t* minus_sum = words + padded / 4 * m;
-    for (int r = 0; r < m; ++r) {
-      const std::int8_t* x = rows.row<std::int8_t>(r);
-      for (int q = 0; q < padded / 4; ++q) std::memcpy(words + q * m + r, x + 4 * q, 4);
-      for (int b = 0; b < padded / Int4Format::block; ++b) {
-        int sum = 0;
-        for (int i = 0; i < Int4Format::block; ++i) sum += x[Int4Format::block * b + i];
-        minus_sum[b * m + r] = static_cast<std::uint16_t>(-sum);
-      }
-    }
   }
 
   static std::size_t grad_words(int n_panels) { return static_cast<std::size_t>(n_panels) * kPanelColumns / Products::kPerWord; }
@@ -151,16 +112,10 @@ struct VectorGemm {
       case WeightFormat::bf16:
         return forward_steps<typename Products::Stored>(operand, m, w, p0, p1, c, accumulate);
       case WeightFormat::int8:
-        if (m <= kFewRows)
-          forward_steps<Int8Few>(operand, m, w, p0, p1, c, false);
-        else
-          forward_steps<Int8Dot>(operand, m, w, p0, p1, c, false);
+        forward_steps<Int8Dot<V>>(operand, m, w, p0, p1, c, false);
         return scale_int8(operand, m, w, p0, p1, c);
       case WeightFormat::int4:
-        if (few_int4(WeightFormat::int4, m))
-          forward_few_int4(operand, m, w, p0, p1, c);
-        else
-          forward_unpacked<InCache<Int8Dot>>(operand, m, w, p0, p1, c, false);
+        forward_int4(operand, m, w, p0, p1, c);
         return scale_int8(operand, m, w, p0, p1, c);
       default:
         break;
@@ -176,20 +131,20 @@ struct VectorGemm {
       forward_floats(operand, m, w, p0, p1, c, accumulate);
   }
 
-  static void forward_few_int4(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
+  static void forward_int4(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
     const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
-    const int k_steps = w.layout().k_steps;
-    const std::size_t quads = static_cast<std::size_t>(w.layout().k_padded()) / 4;
-    for (int p = p0; p < p1; ++p, c += c_block_floats(m)) {
-      if constexpr (V::kVnni) {
+    const PackedLayout& l = w.layout();
+    if constexpr (!V::kVnni) {
+      const auto run = m == 1 ? &Int4Blocks<V>::template run<1, kMaxBlockRows> : &Int4Blocks<V>::template run<0, kMaxBlockRows>;
+      for (int p = p0; p < p1; ++p, c += c_block_floats(m)) run(w.panel(p), l.k_steps, x, m, c, kPanelColumns);
+    } else if (m <= kFewInt4) {
+      for (int p = p0; p < p1; ++p, c += c_block_floats(m))
         each_group<V::kRows>(m, [&](int r, int n) {
           const auto run = for_rows<V::kRows>(n, [](auto rows) { return &Int4VnniDot<V, rows>::run; });
-          run(w.panel(p), k_steps, x + static_cast<std::size_t>(r) * quads, c + r * kPanelColumns, kPanelColumns);
+          run(w.panel(p), l.k_steps, x + r * (l.k_padded() / 4), c + r * kPanelColumns, kPanelColumns);
         });
-      } else {
-        const std::uint32_t* minus_sum = x + quads * static_cast<std::size_t>(m);
-        (m == 1 ? mac_int4<V, 1> : mac_int4<V, 2>)(w.panel(p), k_steps, x, minus_sum, c, kPanelColumns);
-      }
+    } else {
+      forward_unpacked<InCache<Int8Dot<V>>>(operand, m, w, p0, p1, c, false);
     }
   }
 
@@ -240,7 +195,7 @@ struct VectorGemm {
   // int32 sums -> fp32, in place: (sum * row scale) * column scale.
   static void scale_int8(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
     const PackedLayout& l = w.layout();
-    const auto* scale = reinterpret_cast<const float*>(operand) + operand_words(l.format, m, l.k);
+    const auto* scale = reinterpret_cast<const float*>(operand) + static_cast<std::size_t>(m) * words_per_row(l.format, l.k);
     const auto* offset = reinterpret_cast<const std::int32_t*>(scale + m);
     scale_int8(scale, offset, m, w, p0, p1, c);
   }

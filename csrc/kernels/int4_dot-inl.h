@@ -1,48 +1,86 @@
-// Few rows (R) times one panel of int4, unpacked in registers; exact int32 sums. x: int8 quads [k / 4][R].
+// Rows of int8 times one panel of int4, unpacked in registers; exact int32 sums.
 // Include inside the namespace of a level, after unpack-inl.h and weight_order-inl.h.
 
-// Without VNNI: per block of 16 k, m * sum(q x) - o * sum(x). minus_sum: -sum(x) of each block as a 16-bit number in a word, [k / 16][R].
+// Without VNNI: per block of 16 k, m * sum(q x) - o * sum(x). A block stays in registers while all rows pass by. Blocks come in pairs,
+// whose levels share bytes, and whose offsets one multiplication takes.
+//   x    for each pair: quads of the first block [row][4], of the second, and a word [row] of two 16-bit numbers, -sum(x) of each
 // 4 * 15 * 127 * 2 < 2^15, so the 16-bit sums of a block are exact.
-template <class V, int R>
-void mac_int4(const std::byte* panel, int k_steps, const std::uint32_t* x, const std::uint32_t* minus_sum, float* c, std::ptrdiff_t ldc) {
+template <class V>
+struct Int4Blocks {
   using I = typename V::I;
-  I sum[2][R];
-  for (int t = 0; t < 2; ++t)
-    for (int r = 0; r < R; ++r) sum[t][r] = V::set_i(0);
-  auto pair = [&]<int b>(std::integral_constant<int, b>, const std::byte* tile, const Int4Codes<V>& codes, I(&total)[R])
-                  __attribute__((always_inline)) {
-                    I part[2][R];
-                    for (int j = 0; j < 4; ++j) {
-                      const std::byte* at = tile + kRowBytes * (1 + 2 * b + j);
-                      ask_ahead<V, Ask::always>(at);
-                      const I row = V::load_i(at), q0 = V::and_i(row, 0x0f0f0f0f), q1 = V::and_i(V::template shr<4>(row), 0x0f0f0f0f);
+  static constexpr int kPairWords = 9;  // words of a row for 32 k
+
+  static void pack(RowSource rows, int m, int padded, std::uint32_t* x) {
+    for (int k = 0; k < padded; k += Int4Format::k_step)
+      for (int r = 0; r < m; ++r) {
+        const std::int8_t* row = rows.row<std::int8_t>(r) + k;
+        alignas(64) std::int32_t quads[16];  // their sums
+        V::store_i(quads, V::pairs(V::set_i(0), V::maddubs(V::set_i(0x01010101), V::load_i(row))));
+        for (int pair = 0; pair < 2; ++pair, row += 32) {
+          std::uint32_t* to = x + (k / 32 + pair) * kPairWords * m;
+          std::memcpy(to + 4 * r, row, 16);
+          std::memcpy(to + 4 * (m + r), row + 16, 16);
+          to[8 * m + r] = minus_sum(quads + 8 * pair) | minus_sum(quads + 8 * pair + 4) << 16;
+        }
+      }
+  }
+
+  // R = m, whose sums then stay in registers, or 0 for any m <= kMostRows.
+  template <int R, int kMostRows>
+  static void run(const std::byte* panel, int k_steps, const std::uint32_t* x, int m, float* c, std::ptrdiff_t ldc) {
+    I sum[2][R ? R : kMostRows];
+    const int rows = R ? R : m;
+    for (int t = 0; t < 2; ++t)
+      for (int r = 0; r < rows; ++r) sum[t][r] = V::set_i(0);
+    for (int s = 0; s < k_steps; ++s, x += 2 * kPairWords * rows)
 #pragma GCC unroll 2
-                      for (int r = 0; r < R; ++r) {
-                        const I p0 = V::maddubs(q0, V::set_i(static_cast<std::int32_t>(x[(4 * b + j) * R + r])));
-                        const I p1 = V::maddubs(q1, V::set_i(static_cast<std::int32_t>(x[(4 * b + 4 + j) * R + r])));
-                        part[0][r] = j ? V::add16(part[0][r], p0) : p0;
-                        part[1][r] = j ? V::add16(part[1][r], p1) : p1;
-                      }
-                    }
-#pragma GCC unroll 2
-                    for (int r = 0; r < R; ++r) {
-                      total[r] = V::madd(V::madd(total[r], part[0][r], codes.template m<b>()), codes.template o<b>(),
-                                         V::set_i(static_cast<std::int32_t>(minus_sum[b * R + r])));
-                      total[r] = V::madd(V::madd(total[r], part[1][r], codes.template m<b + 1>()), codes.template o<b + 1>(),
-                                         V::set_i(static_cast<std::int32_t>(minus_sum[(b + 1) * R + r])));
-                    }
-                  };
-  for (int s = 0; s < k_steps; ++s, x += 16 * R, minus_sum += 4 * R)
-#pragma GCC unroll 2
-    for (int t = 0; t < 2; ++t, panel += Int4Format::rows * kRowBytes) {
-      ask_ahead<V, Ask::always>(panel);
-      const Int4Codes<V> codes(panel);
-      pair(std::integral_constant<int, 0>{}, panel, codes, sum[t]);
-      pair(std::integral_constant<int, 2>{}, panel, codes, sum[t]);
+      for (int t = 0; t < 2; ++t, panel += Int4Format::rows * kRowBytes) {
+        ask_ahead<V, Ask::always>(panel);
+        const Int4Codes<V> codes(panel);
+        add_pair<R, 0>(panel, codes, x, rows, sum[t]);
+        add_pair<R, 2>(panel, codes, x + kPairWords * rows, rows, sum[t]);
+      }
+    for (int t = 0; t < 2; ++t)
+      for (int r = 0; r < rows; ++r) V::store_i(c + r * ldc + 16 * t, sum[t][r]);
+  }
+
+ private:
+  static std::uint32_t minus_sum(const std::int32_t* quads) {
+    return static_cast<std::uint16_t>(-(quads[0] + quads[1] + quads[2] + quads[3]));
+  }
+
+  // Blocks b and b + 1 of a tile.
+  template <int R, int b>
+  static inline __attribute__((always_inline)) void add_pair(const std::byte* tile, const Int4Codes<V>& codes, const std::uint32_t* x,
+                                                             int rows, I* sum) {
+    I q[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const std::byte* at = tile + kRowBytes * (1 + 2 * b + j);
+      ask_ahead<V, Ask::always>(at);
+      q[j] = V::and_i(V::load_i(at), 0x0f0f0f0f);
     }
-  for (int t = 0; t < 2; ++t)
-    for (int r = 0; r < R; ++r) V::store_i(c + r * ldc + 16 * t, sum[t][r]);
-}
+    const I m0 = codes.template m<b>();
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; ++r) sum[r] = V::madd(sum[r], products(q, x + 4 * r), m0);
+
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) q[j] = V::and_i(V::template shr<4>(V::load_i(tile + kRowBytes * (1 + 2 * b + j))), 0x0f0f0f0f);
+    const I m1 = codes.template m<b + 1>();
+    const I o = codes.template o_pair<b>();
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; ++r) {
+      const I offsets = V::set_i(static_cast<std::int32_t>(x[8 * rows + r]));
+      sum[r] = V::madd(V::madd(sum[r], o, offsets), products(q, x + 4 * (rows + r)), m1);
+    }
+  }
+
+  // 16-bit sums of q x over a block.
+  static inline __attribute__((always_inline)) I products(const I (&q)[4], const std::uint32_t* x) {
+    auto product = [&](int j) __attribute__((always_inline)) { return V::maddubs(q[j], V::set_i(static_cast<std::int32_t>(x[j]))); };
+    return V::add16(V::add16(product(0), product(1)), V::add16(product(2), product(3)));
+  }
+};
 
 // With VNNI, which sums four products at once: weights become int8 + 128 in registers; what that adds to the sums is the operand's offset.
 template <class V, int R>

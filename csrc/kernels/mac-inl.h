@@ -57,8 +57,7 @@ void mac_asking(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t t
 template <class V, class Dot, int R, int NT>
 void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int steps, const std::uint32_t* x, float* c,
          std::ptrdiff_t ldc, bool accumulate) {
-  constexpr bool kInteger = std::is_same_v<typename Dot::Acc, typename V::I>;
-  if constexpr (kInteger && Dot::streamed && V::kInOrder && R < V::kAskRows)
+  if constexpr (Dot::integers && Dot::streamed && V::kInOrder && R < V::kAskRows)
     if (avx2_in_halves) return mac_asking<V, Dot, R, NT, Ask::always>(w, step_stride, tile_stride, steps, x, c, ldc, accumulate);
   mac_asking<V, Dot, R, NT, (R >= V::kAskRows) ? Ask::always : Ask::never>(w, step_stride, tile_stride, steps, x, c, ldc, accumulate);
 }

@@ -159,7 +159,7 @@ struct BlockWeights {
   }
 };
 
-// m and o of the four blocks of an int4 tile, each in both 16-bit halves of its column's word.
+// m and o of the four blocks of an int4 tile, in the words of its columns.
 template <class V>
 struct Int4Codes {
   using I = typename V::I;
@@ -171,22 +171,25 @@ struct Int4Codes {
     z4 = V::add_i(V::and_i(V::template shr<4>(codes), 0x0f0f0f0f), V::set_i(0x0f0f0f0f));
   }
   template <int b>
-  I m() const {
+  I m() const {  // m in both 16-bit halves
     return V::template spread<b>(m4);
   }
   template <int b>
   I o_bytes() const {  // o in each byte
-    const I o16 = o<b>();
-    return V::or_i(o16, V::template shl<8>(o16));
+    const I o = offsets(V::mullo16(V::template spread<b>(z4), m<b>()));
+    return V::or_i(o, V::template shl<8>(o));
   }
   template <int b>
   I unsigned_offsets() const {  // o - 128 in each byte: m q - (o - 128) is the weight + 128
     return V::sub8(o_bytes<b>(), V::set_i(static_cast<std::int32_t>(0x80808080u)));
   }
   template <int b>
-  I o() const {  // (15 + z) m / 3, exact below 2^15
-    return V::mulhi16(V::mullo16(V::template spread<b>(z4), m<b>()), V::set_i(21846 * 0x00010001));
+  I o_pair() const {  // of block b in the low half, of b + 1 in the high one
+    return offsets(V::mulhi16(V::template upper_bytes<b>(z4), V::template upper_bytes<b>(m4)));
   }
+
+ private:
+  static I offsets(I zm) { return V::mulhi16(zm, V::set_i(21846 * 0x00010001)); }  // (15 + z) m / 3, exact below 2^15
 };
 
 template <class V>

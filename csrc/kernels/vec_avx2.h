@@ -10,7 +10,6 @@ struct Vec {
   static constexpr bool kPlainLoops = false;  // no unrolled instruction sequences
   static constexpr bool kVnni = false;        // has xor_i, dpbusd
   static constexpr bool kBf16Pairs = false;   // has dpbf16
-  static constexpr bool kSignedBytes = true;  // abs8 and sign8 are one instruction each
   static constexpr bool kFloatTables = false;
   static constexpr bool kInOrder = true;  // see weight_order-inl.h
   static constexpr int kAhead = 8192;
@@ -116,8 +115,6 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8));
   }
 
-  KTMOE_INLINE I even_s8(I x) { return {_mm256_srai_epi16(_mm256_slli_epi16(x.a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(x.b, 8), 8)}; }
-  KTMOE_INLINE I odd_s8(I x) { return {_mm256_srai_epi16(x.a, 8), _mm256_srai_epi16(x.b, 8)}; }
   KTMOE_INLINE I madd(I acc, I x, I y) {
     return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(x.b, y.b))};
   }
@@ -157,8 +154,11 @@ struct Vec {
   KTMOE_INLINE I add16(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
   KTMOE_INLINE I sub16(I x, I y) { return {_mm256_sub_epi16(x.a, y.a), _mm256_sub_epi16(x.b, y.b)}; }
   KTMOE_INLINE I maddubs(I u8, I s8) { return {_mm256_maddubs_epi16(u8.a, s8.a), _mm256_maddubs_epi16(u8.b, s8.b)}; }
-  KTMOE_INLINE I abs8(I x) { return {_mm256_abs_epi8(x.a), _mm256_abs_epi8(x.b)}; }
-  KTMOE_INLINE I sign8(I x, I s) { return {_mm256_sign_epi8(x.a, s.a), _mm256_sign_epi8(x.b, s.b)}; }
+  KTMOE_INLINE I maddss(I x, I y) {  // |x| times y with the sign of x
+    return {_mm256_maddubs_epi16(_mm256_abs_epi8(x.a), _mm256_sign_epi8(y.a, x.a)),
+            _mm256_maddubs_epi16(_mm256_abs_epi8(x.b), _mm256_sign_epi8(y.b, x.b))};
+  }
+  KTMOE_INLINE I pairs(I acc, I x) { return madd(acc, x, set_i(0x00010001)); }
   KTMOE_INLINE I sub8(I x, I y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
 
   KTMOE_INLINE void transpose16(const void* src, std::ptrdiff_t stride, void* dst) {

@@ -6,7 +6,6 @@ struct Vec {
   static constexpr bool kPlainLoops = false;  // no unrolled instruction sequences
   static constexpr bool kVnni = false;        // has xor_i, dpbusd
   static constexpr bool kBf16Pairs = false;   // has dpbf16
-  static constexpr bool kSignedBytes = false;
   static constexpr bool kFloatTables = true;  // has lookup
   static constexpr bool kInOrder = false;     // see weight_order-inl.h
   static constexpr int kAhead = 8192;
@@ -84,8 +83,6 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi16_epi8(words));
   }
 
-  KTMOE_INLINE I even_s8(I x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
-  KTMOE_INLINE I odd_s8(I x) { return _mm512_srai_epi16(x, 8); }
   KTMOE_INLINE I madd(I acc, I x, I y) { return _mm512_add_epi32(acc, _mm512_madd_epi16(x, y)); }
 
   KTMOE_INLINE F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
@@ -120,6 +117,10 @@ struct Vec {
   KTMOE_INLINE I add16(I x, I y) { return _mm512_add_epi16(x, y); }
   KTMOE_INLINE I sub16(I x, I y) { return _mm512_sub_epi16(x, y); }
   KTMOE_INLINE I maddubs(I u8, I s8) { return _mm512_maddubs_epi16(u8, s8); }
+  KTMOE_INLINE I maddss(I x, I y) {  // |x| times y with the sign of x
+    return _mm512_maddubs_epi16(_mm512_abs_epi8(x), _mm512_mask_sub_epi8(y, _mm512_movepi8_mask(x), _mm512_setzero_si512(), y));
+  }
+  KTMOE_INLINE I pairs(I acc, I x) { return madd(acc, x, set_i(0x00010001)); }
   KTMOE_INLINE I sub8(I x, I y) { return _mm512_sub_epi8(x, y); }
 
   KTMOE_INLINE void transpose16(const void* src, std::ptrdiff_t stride, void* dst) {

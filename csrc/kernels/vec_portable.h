@@ -13,12 +13,11 @@ struct Vec {
   static constexpr bool kPlainLoops = true;  // no unrolled instruction sequences
   static constexpr bool kVnni = false;       // has xor_i, dpbusd
   static constexpr bool kBf16Pairs = false;  // has dpbf16
-  static constexpr bool kSignedBytes = false;
   static constexpr bool kFloatTables = false;
   static constexpr bool kInOrder = true;
   static constexpr int kAhead = 0;
   static constexpr int kAskRows = 3;
-  static constexpr int kRows = 4;   // rows of C that one inner loop accumulates
+  static constexpr int kRows = 3;   // rows of C that one inner loop accumulates: 12 of 16 registers of 4 lanes
   static constexpr int kTiles = 1;  // tiles of 16 columns beside each other in it
 
   template <class Op>
@@ -176,52 +175,62 @@ struct Vec {
   }
   // Two signed 16-bit numbers a lane.
   static I max16(I a, I b) {
-    return each_signed(a, b, [](std::int16_t x, std::int16_t y) { return x > y ? x : y; });
+    return each_halves(a, b, [](std::int16_t x, std::int16_t y) { return x > y ? x : y; });
   }
   static I min16(I a, I b) {
-    return each_signed(a, b, [](std::int16_t x, std::int16_t y) { return x < y ? x : y; });
+    return each_halves(a, b, [](std::int16_t x, std::int16_t y) { return x < y ? x : y; });
   }
   // Two unsigned 16-bit numbers a lane: low and high half of their products; four bytes a lane: a - b, wrapping.
   static I mullo16(I a, I b) {
-    return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y; });
+    return each_halves(a, b, [](std::uint16_t x, std::uint16_t y) { return std::uint32_t{x} * y; });
   }
   static I mulhi16(I a, I b) {
-    return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y >> 16; });
+    return each_halves(a, b, [](std::uint16_t x, std::uint16_t y) { return std::uint32_t{x} * y >> 16; });
   }
   // Byte b of each lane in both of its 16-bit halves.
   template <int b>
   static I spread(I a) {
     return each_i([&](int i) { return (a.v[i] >> 8 * b & 255) * 0x00010001; });
   }
+  // Bytes b and b + 1 of each lane, times 256, as 16-bit numbers.
+  template <int b>
+  static I upper_bytes(I a) {
+    return each_i([&](int i) {
+      const auto x = static_cast<std::uint32_t>(a.v[i]) >> 8 * b;
+      return static_cast<std::int32_t>((x & 255) << 8 | (x >> 8 & 255) << 24);
+    });
+  }
   static I add16(I a, I b) {
-    return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; });
+    return each_halves(a, b, [](std::uint16_t x, std::uint16_t y) { return x + y; });
   }
   static I sub16(I a, I b) {
-    return each_halves(a, b, [](std::uint32_t x, std::uint32_t y) { return x - y; });
+    return each_halves(a, b, [](std::uint16_t x, std::uint16_t y) { return x - y; });
   }
   // Two 16-bit numbers a lane: unsigned bytes of a times signed bytes of b, neighbours added (callers keep it below 2^15).
   static I maddubs(I a, I b) {
-    return each_i([&](int i) {
-      auto product = [&](int byte) { return (a.v[i] >> 8 * byte & 255) * static_cast<std::int8_t>(b.v[i] >> 8 * byte); };
-      return pair16(static_cast<std::int16_t>(product(0) + product(1)), static_cast<std::int16_t>(product(2) + product(3)));
+    return each_halves(a, b, [](std::uint16_t x, std::int16_t y) { return (x & 255) * static_cast<std::int8_t>(y) + (x >> 8) * (y >> 8); });
+  }
+  // The same for signed bytes, none of b below -127, so that sums stay below 2^15.
+  static I maddss(I a, I b) {
+    return each_halves(a, b, [](std::int16_t x, std::int16_t y) {
+      return static_cast<std::int8_t>(x) * static_cast<std::int8_t>(y) + (x >> 8) * (y >> 8);
     });
+  }
+  // acc + both signed 16-bit numbers of each lane.
+  static I pairs(I acc, I a) {
+    return each_i([&](int i) { return acc.v[i] + static_cast<std::int16_t>(a.v[i]) + (a.v[i] >> 16); });
   }
   static I sub8(I a, I b) {
     const auto high = static_cast<std::int32_t>(0x80808080u);
     return each_i([&](int i) { return ((a.v[i] | high) - (b.v[i] & ~high)) ^ ((a.v[i] ^ ~b.v[i]) & high); });
   }
 
-  // int8 words: bytes 0 and 2 (even) or 1 and 3 (odd) as two int16 of each lane; madd: acc + a.lo * b.lo + a.hi * b.hi.
-  static I even_s8(I a) {
-    return each_i([&](int i) { return pair16(static_cast<std::int8_t>(a.v[i]), static_cast<std::int8_t>(a.v[i] >> 16)); });
-  }
-  static I odd_s8(I a) {
-    return each_i([&](int i) { return pair16(static_cast<std::int8_t>(a.v[i] >> 8), static_cast<std::int8_t>(a.v[i] >> 24)); });
-  }
+  // acc + a.lo * b.lo + a.hi * b.hi of the two int16 of each lane.
   static I madd(I acc, I a, I b) {
-    return each_i([&](int i) {
-      return acc.v[i] + static_cast<std::int16_t>(a.v[i]) * static_cast<std::int16_t>(b.v[i]) + (a.v[i] >> 16) * (b.v[i] >> 16);
-    });
+    std::int16_t x[32], y[32];
+    std::memcpy(x, &a, sizeof x);
+    std::memcpy(y, &b, sizeof y);
+    return each_i([&](int i) { return acc.v[i] + x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1]; });
   }
 
   // dst[j][i] = src[i][j] for 16 x 16 words; rows of src at `stride` bytes, dst dense.
@@ -249,19 +258,15 @@ struct Vec {
   }
 
  private:
-  template <class Op>
-  static I each_signed(I a, I b, Op op) {
-    return each_i([&](int i) {
-      return pair16(op(static_cast<std::int16_t>(a.v[i]), static_cast<std::int16_t>(b.v[i])),
-                    op(static_cast<std::int16_t>(a.v[i] >> 16), static_cast<std::int16_t>(b.v[i] >> 16)));
-    });
-  }
+  // Each lane as two 16-bit numbers: the compiler finds the baseline's instructions for those in arrays of them alone.
   template <class Op>
   static I each_halves(I a, I b, Op op) {
-    return each_i([&](int i) {
-      const auto x = static_cast<std::uint32_t>(a.v[i]), y = static_cast<std::uint32_t>(b.v[i]);
-      return static_cast<std::int32_t>((op(x & 0xffff, y & 0xffff) & 0xffff) | op(x >> 16, y >> 16) << 16);
-    });
+    std::int16_t x[32], y[32];
+    std::memcpy(x, &a, sizeof x);
+    std::memcpy(y, &b, sizeof y);
+    for (int i = 0; i < 32; ++i) x[i] = static_cast<std::int16_t>(op(x[i], y[i]));
+    std::memcpy(&a, x, sizeof x);
+    return a;
   }
   static std::int32_t pair16(std::int16_t lo, std::int16_t hi) {
     return static_cast<std::int32_t>((static_cast<std::uint32_t>(static_cast<std::uint16_t>(hi)) << 16) | static_cast<std::uint16_t>(lo));

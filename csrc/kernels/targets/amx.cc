@@ -22,7 +22,7 @@ namespace amx {
 #include "kernels/tiles_hardware.h"
 #include "kernels/amx-inl.h"
 // clang-format on
-using Gemm = TileGemm<VnniVec, HardwareTiles, VectorGemm<VnniVec, Int8VnniDot<VnniVec>>>;
+using Gemm = TileGemm<VnniVec, HardwareTiles, VectorGemm<VnniVec>>;
 constexpr KernelTable table = make_table<Gemm, VnniVec>(Isa::amx, 16 * Gemm::kMaxTiles);
 }  // namespace amx
 }  // namespace ktmoe

@@ -21,7 +21,7 @@ namespace avx512bf16 {
 #include "kernels/vec_bf16.h"
 #include "kernels/vector-inl.h"
 // clang-format on
-constexpr KernelTable table = make_table<VectorGemm<Bf16Vec, Int8VnniDot<Bf16Vec>>, Bf16Vec>(Isa::avx512bf16, 96);
+constexpr KernelTable table = make_table<VectorGemm<Bf16Vec>, Bf16Vec>(Isa::avx512bf16, 96);
 }  // namespace avx512bf16
 }  // namespace ktmoe
 

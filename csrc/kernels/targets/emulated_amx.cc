@@ -15,7 +15,7 @@ namespace emulated_amx {
 #include "kernels/tiles_software.h"
 #include "kernels/amx-inl.h"
 // clang-format on
-using Gemm = TileGemm<EmulatedVec, SoftwareTiles, VectorGemm<EmulatedVec, Int8VnniDot<EmulatedVec>>>;
+using Gemm = TileGemm<EmulatedVec, SoftwareTiles, VectorGemm<EmulatedVec>>;
 constexpr KernelTable table = make_table<Gemm, EmulatedVec>(Isa::emulated_amx, 16 * Gemm::kMaxTiles);
 }  // namespace emulated_amx
 
