@@ -8,6 +8,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+Tensors = dict[str, tuple[str, np.ndarray]]
+"""Name -> type name and bytes."""
 Stacks = tuple[tuple[str, np.ndarray], tuple[str, np.ndarray], tuple[str, np.ndarray]]
 """(type name, bytes [E, n, bytes of a row]) of gate, up and down."""
 
@@ -73,12 +75,12 @@ def random_stacks(types: tuple[str, str, str], experts: int, hidden: int, inter:
     return gate, up, down
 
 
-def layer_tensors(stacks: Stacks, layer: int) -> dict[str, tuple[str, np.ndarray]]:
+def layer_tensors(stacks: Stacks, layer: int) -> Tensors:
     """The names of today."""
     return {f"blk.{layer}.ffn_{p}_exps.weight": s for p, s in zip(("gate", "up", "down"), stacks, strict=True)}
 
 
-def fused_tensors(stacks: Stacks, layer: int) -> dict[str, tuple[str, np.ndarray]]:
+def fused_tensors(stacks: Stacks, layer: int) -> Tensors:
     """Gate above up."""
     gate, up, down = stacks
     assert gate[0] == up[0]
@@ -88,7 +90,7 @@ def fused_tensors(stacks: Stacks, layer: int) -> dict[str, tuple[str, np.ndarray
     }
 
 
-def old_tensors(stacks: Stacks, layer: int) -> dict[str, tuple[str, np.ndarray]]:
+def old_tensors(stacks: Stacks, layer: int) -> Tensors:
     """One tensor an expert."""
     return {
         f"blk.{layer}.ffn_{p}.{e}.weight": (kind, rows[e])
@@ -97,8 +99,11 @@ def old_tensors(stacks: Stacks, layer: int) -> dict[str, tuple[str, np.ndarray]]
     }
 
 
-def write(path: Path, tensors: dict[str, tuple[str, np.ndarray]], per_file: int = 0, **keys: object) -> Path:
-    """A file by the official writer, or with `per_file` a set of them. Returns the (first) file."""
+def write(path: Path, tensors: Tensors, per_file: int = 0, **keys: object) -> Path:
+    """A file by the official writer, or with `per_file` a set of them. Returns the (first) file.
+
+    keys: `alignment`, or numbers of the architecture such as `block_count`.
+    """
     writer = gguf.GGUFWriter(path, "qwen3moe", split_max_tensors=per_file)
     writer.add_string("general.name", "test")
     writer.add_array("tokenizer.ggml.tokens", [f"token {i}" for i in range(300)])
@@ -106,6 +111,8 @@ def write(path: Path, tensors: dict[str, tuple[str, np.ndarray]], per_file: int 
     for key, value in keys.items():
         if key == "alignment":
             writer.add_custom_alignment(value)
+        else:
+            writer.add_uint32(f"qwen3moe.{key}", value)
     for name, (kind, rows) in tensors.items():
         quant = gguf.GGMLQuantizationType[kind]
         if kind in ("F32", "F16"):

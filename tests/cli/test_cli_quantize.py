@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import pytest
 import torch
 import torch_oracle as ref
@@ -92,6 +93,66 @@ def test_a_model_made_by_transformers(tmp_path: Path) -> None:
         invoke("quantize", folder, "-o", tmp_path / f"{family}-packed")
         info = verify_packed(next((tmp_path / f"{family}-packed").glob("ktmoe-layer-00001*")))
         assert (info.hidden, info.inter, info.method) == (HIDDEN, INTER, "AMXINT8")
+
+
+@pytest.fixture
+def gguf_model(tmp_path: Path) -> Path:
+    """Layer 0 is dense, layer 3 belongs to a multi-token-prediction head; two files."""
+    tensors: gguf_files.Tensors = {"blk.0.ffn_up.weight": gguf_files.random_stacks(("F16",) * 3, 1, 64, 32)[1]}
+    for layer in (*LAYERS, 3):
+        stacks = gguf_files.random_stacks(("Q4_K", "Q4_K", "Q6_K"), 5, 256, 512, seed=layer)
+        tensors |= gguf_files.layer_tensors(stacks, layer)
+    (tmp_path / "gguf").mkdir()
+    return gguf_files.write(tmp_path / "gguf" / "m.gguf", tensors, 6, block_count=4, nextn_predict_layers=1)
+
+
+@pytest.mark.parametrize("method", ["AMXINT4", "LLAMAFILE", "AMXINT8_SFT"])
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_gguf_files(gguf_model: Path, tmp_path: Path, method: str, whole_folder: bool) -> None:
+    """They need no config.json: the tensors have the shapes."""
+    source, out = gguf_model.parent if whole_folder else gguf_model, tmp_path / "packed"
+    assert f"2 layers as {method}" in invoke("quantize", source, "-m", method, "-o", out)
+    assert f"The source, {source}, has not changed." in invoke("verify", out)
+    shape = ref.Shape(hidden=256, inter=512, experts=5, top_k=2)
+    for layer in LAYERS:
+        mapped, packed = (ref.make(shape, method, layer_idx=layer, weight_path=path) for path in (out, source))
+        mapped.load_weights()
+        packed.load_weights()
+        inputs = (*ref.batch(shape, 5), *([False] if mapped.mode == "sft" else []))
+        assert torch.equal(mapped.forward(*inputs), packed.forward(*inputs))
+
+
+@pytest.mark.parametrize("names", ["old", "fused"])
+def test_other_names_in_gguf_files(tmp_path: Path, names: str) -> None:
+    stacks = gguf_files.random_stacks(("Q8_0",) * 3, 3, 64, 32)
+    tensors = gguf_files.old_tensors(stacks, 0) if names == "old" else gguf_files.fused_tensors(stacks, 0)
+    file = gguf_files.write(tmp_path / "m.gguf", tensors)
+    invoke("quantize", file, "-o", tmp_path / "packed")
+    info = verify_packed(next((tmp_path / "packed").glob("ktmoe-layer-*")))
+    assert (info.hidden, info.inter, info.n_experts) == (64, 32, 3)
+
+
+def test_gguf_files_that_quantize_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(tensors: gguf_files.Tensors) -> str:
+        file = gguf_files.write(tmp_path / "m.gguf", tensors)
+        return fails(monkeypatch, capsys, "quantize", file, "-o", tmp_path / "packed")
+
+    small, large = (gguf_files.random_stacks(("Q8_0",) * 3, 2, hidden, 32) for hidden in (64, 96))
+    first = gguf_files.layer_tensors(small, 0)
+    assert "layer 1: got hidden, inter, gated = (96, 32, True), but (64, 32, True) in layer 0" in refused(
+        first | gguf_files.layer_tensors(large, 1)
+    )
+    assert "no layer has experts" in refused({"blk.0.ffn_up.weight": first["blk.0.ffn_up_exps.weight"]})
+    del first["blk.0.ffn_down_exps.weight"]
+    assert "layer 0: there is no stack of down" in refused(first)
+    missing = tmp_path / "none.gguf"
+    assert f"{missing}: cannot be opened" in fails(monkeypatch, capsys, "quantize", missing, "-o", tmp_path / "out")
+    (tmp_path / "notes.txt").write_text("GGML")
+    text = fails(monkeypatch, capsys, "quantize", tmp_path / "notes.txt", "-o", tmp_path / "out")
+    assert "there is no model folder or GGUF file" in text
+    assert not (tmp_path / "packed").exists()
 
 
 def test_finished_layers_are_not_packed_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +257,9 @@ def test_places_that_quantize_refuses(
     (tmp_path / "full" / "diary.txt").write_text("")
     text = fails(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "full")
     assert "is not empty and holds no packed experts" in text
-    assert "there is no model folder" in fails(monkeypatch, capsys, "quantize", tmp_path / "none", "-o", out)
+    assert "there is no model folder or GGUF file" in fails(
+        monkeypatch, capsys, "quantize", tmp_path / "none", "-o", out
+    )
     assert "Method FAST not supported" in fails(monkeypatch, capsys, "quantize", model, "-o", out, "-m", "FAST")
     (model / "config.json").write_text("{}")
     text = fails(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "new")

@@ -23,14 +23,15 @@ from ktmoe.wrapper import KTMoEWrapper
 
 
 class PackedModel:
-    """All MoE layers of the model in `source`, packed for `method` into `output`."""
+    """All MoE layers of the model in `source`, a folder or a GGUF file, packed for `method` into `output`."""
 
     def __init__(self, source: str, output: Path, method: str, threads: int | None = None) -> None:
         self._source = source
         self._output = output
         self._method = method
         self._threads = threads
-        self._shape = read_model_shape(source)
+        self._prefer_gguf = METHODS[method].published == "gguf"
+        self._shape = read_model_shape(source, prefer_gguf=self._prefer_gguf)
         self.layers = self._shape.layers
         self._fingerprint = folder_fingerprint(source)
         self._experts = {layer: self._count(layer) for layer in self.layers}
@@ -80,7 +81,10 @@ class PackedModel:
             pack_layer(wrapper.packer(), source.read_expert, info, self._path(layer), bar.step, biases=biases)
 
     def _open(self, layer: int) -> Source:
-        return open_source(self._source, layer, self._shape.hidden, self._shape.inter, gated=self._shape.gated)
+        shape = self._shape
+        return open_source(
+            self._source, layer, shape.hidden, shape.inter, gated=shape.gated, prefer_gguf=self._prefer_gguf
+        )
 
     def _count(self, layer: int) -> int:
         with self._open(layer) as source:

@@ -15,7 +15,7 @@ HELP = "Pack the experts of a model for one method, into files that load at once
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Model folder or Hub id.")],
+    model: Annotated[str, typer.Argument(help="Model folder, GGUF file or Hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the packed files.")],
     method: Annotated[str, typer.Option("--method", "-m", help="How the experts are to be held.")] = "AMXINT8",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
@@ -46,11 +46,13 @@ def quantize(
 
 
 def model_folder(model: str, revision: str | None = None) -> str:
-    """The folder of a model; a Hub id is downloaded (weights, index and config only). UserError if there is none."""
-    if os.path.isdir(model):
+    """A model's folder or GGUF file. A Hub id is downloaded: weights, index, config. UserError if there is none."""
+    from ktmoe.io.gguf_file import is_gguf
+
+    if os.path.isdir(model) or is_gguf(model):
         return model
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise console.UserError(f"there is no model folder {model}")
+        raise console.UserError(f"there is no model folder or GGUF file {model}")
     from huggingface_hub import snapshot_download
 
     return snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.json"])

@@ -26,7 +26,7 @@ from .experts import projections_of
 from .gguf_header import GgufEntry, read_header, stamp_of
 from .gguf_types import FLOAT_TYPES, GGUF_TYPE_OF, can_dequantize, dequantize_rows, gguf
 from .index_json import open_regular
-from .limits import MAX_SHARDS
+from .limits import MAX_SHARDS, MAX_TENSORS
 from .published import PublishedMatrix, plain, quantize
 from .source import Source
 
@@ -68,6 +68,25 @@ def is_gguf(path: str, prefer: bool = False) -> bool:
         return path.endswith(_SUFFIX)
     with open(path, "rb") as file:
         return file.read(4) == b"GGUF"
+
+
+_EXPERTS = re.compile(r"blk\.(?P<layer>[0-9]{1,6})\.ffn_(?P<projection>gate|up|gate_up|down)(?:_exps|\.0)\.weight")
+
+
+def gguf_layers(path: str) -> dict[int, dict[str, GgufEntry]]:
+    """Layer -> projection -> its stack, or in old files the first expert's matrix, of each layer that has experts.
+
+    Without layers of multi-token prediction, which come last.
+    """
+    layers: dict[int, dict[str, GgufEntry]] = {}
+    depth = MAX_TENSORS
+    for file in _files_of(path):
+        header = read_header(file)
+        if "block_count" in header.keys:
+            depth = header.keys["block_count"] - header.keys.get("nextn_predict_layers", 0)
+        for match in filter(None, map(_EXPERTS.fullmatch, header.tensors)):
+            layers.setdefault(int(match["layer"]), {})[match["projection"]] = header.tensors[match[0]]
+    return {layer: layers[layer] for layer in sorted(layers) if layer < depth}
 
 
 class GgufSource(Source):

@@ -56,12 +56,15 @@ class GgufHeader:
 
     tensors: Mapping[str, GgufEntry]
     keys: Mapping[str, int]
-    """The keys with integer values that are used: alignment and split numbers."""
+    """The keys with integer values that are used: alignment, split numbers, numbers of layers (without the name of the
+    architecture, which they begin with)."""
     stamp: tuple[int, ...]
     """`stamp_of` the file."""
 
 
 _USED_KEYS = ("general.alignment", "split.no", "split.count")
+_LAYER_KEYS = ("block_count", "nextn_predict_layers")
+_UNSIGNED = (0, 2, 4, 10)
 
 
 def read_header(path: str) -> GgufHeader:
@@ -166,18 +169,20 @@ def _parse(walker: _Walker, stamp: tuple[int, ...]) -> GgufHeader:
 
 
 def _read_keys(walker: _Walker, count: int) -> dict[str, int]:
-    """Walks over all keys; returns those in `_USED_KEYS`."""
+    """Walks over all keys; returns those that are used."""
     used: dict[str, int] = {}
     for number in range(count):
         key = walker.name(f"name of key {number}")
         kind = walker.number("<I", f"type of key {key!r}")
         what = f"key {key!r}"
         if key in _USED_KEYS:
-            if kind not in (0, 2, 4, 10):
+            if kind not in _UNSIGNED:
                 raise walker.fail(f"{what}: got value type {kind}, expected an unsigned integer")
             if key in used:
                 raise walker.fail(f"{what} occurs twice")
             used[key] = walker.number(_SCALARS[kind], what)
+        elif key.partition(".")[2] in _LAYER_KEYS and kind in _UNSIGNED:
+            used[key.partition(".")[2]] = walker.number(_SCALARS[kind], what)
         elif kind == _ARRAY:
             _skip_array(walker, what)
         else:

@@ -1,4 +1,4 @@
-"""What a model's `config.json` says about its experts."""
+"""The dimensions of a model's experts: from its `config.json`, or from the tensors of GGUF files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import WeightFileError
 from .experts import expert_layers, find_group
+from .gguf_file import gguf_layers, is_gguf
 from .index_json import open_regular, parse_object
 from .limits import MAX_INDEX_BYTES
 from .safetensors_dir import SafetensorsDir
@@ -30,11 +31,34 @@ class ModelShape:
     """False: the experts have up and down alone."""
 
 
-def read_model_shape(folder: str) -> ModelShape:
-    """From `config.json` and the tensor names. WeightFileError, naming file and key, if something is missing.
+def read_model_shape(path: str, *, prefer_gguf: bool = False) -> ModelShape:
+    """Of a model folder, or of a GGUF file. WeightFileError, naming file and key, if something is missing.
 
-    Layers beyond num_hidden_layers are multi-token-prediction heads and are left out.
+    Layers of multi-token-prediction heads are left out. prefer_gguf: see `open_source`.
     """
+    return _of_gguf(path) if is_gguf(path, prefer_gguf) else _of_config(path)
+
+
+def _of_gguf(path: str) -> ModelShape:
+    shapes: dict[int, tuple[int, ...]] = {}
+    for layer, found in gguf_layers(path).items():
+        if "down" not in found or len(found["down"].shape) < 2:
+            raise WeightFileError(f"{path}, layer {layer}: there is no stack of down, [experts, hidden, inter]")
+        shapes[layer] = (*found["down"].shape[-2:], "gate" in found or "gate_up" in found)
+    if not shapes:
+        raise WeightFileError(f"{path}: no layer has experts (tensors ffn_gate_exps, ffn_up_exps, ...)")
+    first = next(iter(shapes.values()))
+    for layer, shape in shapes.items():
+        if shape != first:
+            raise WeightFileError(
+                f"{path}, layer {layer}: got hidden, inter, gated = {shape}, but {first} in layer {min(shapes)}"
+            )
+    hidden, inter, gated = first
+    return ModelShape(hidden, inter, tuple(shapes), bool(gated))
+
+
+def _of_config(folder: str) -> ModelShape:
+    # Layers from num_hidden_layers on are multi-token-prediction heads.
     path = os.path.join(folder, "config.json")
     with open(open_regular(path), "rb") as file:
         config = parse_object(file.read(MAX_INDEX_BYTES), path)
