@@ -12,21 +12,28 @@ struct VectorGemm {
 
   // What multiplies few rows of a block format (up to kMostRows).
   template <class Fmt>
-  using FewBlocks = std::conditional_t<V::kPlainLoops, PlainBlocks<V, Fmt>,
-                                       std::conditional_t<!std::is_same_v<Fmt, Fp8Format>, RowGroups<BlockDot<V, Fmt>>,
-                                                          std::conditional_t<V::kBf16Pairs, Fp8Pairs<V>, RowGroups<Fp8Dot<V>>>>>;
-  // use(FewBlocks) if the format has one that takes m rows.
+  static auto few_blocks() {
+    if constexpr (V::kPlainLoops)
+      return PlainBlocks<V, Fmt>{};
+    else if constexpr (std::is_same_v<Fmt, Fp8Format>)
+      return std::conditional_t<V::kBf16Pairs, Fp8Pairs<V>, RowGroups<Fp8Dot<V>>>{};
+    else
+      return std::conditional_t<V::kVnni, RowGroups<BlockVnniDot<V, Fmt>>, BlockRows<V, Fmt>>{};
+  }
+  // use(few_blocks()) if the format has one that takes m rows.
   template <class Use>
   static bool with_few_blocks(WeightFormat format, int m, Use use) {
     switch (format) {
 #define KTMOE_FORMAT(id, traits) \
   case WeightFormat::id:         \
     break;
-#define KTMOE_BLOCK_FORMAT(id, traits)                  \
-  case WeightFormat::id:                                \
-    if (m > FewBlocks<traits>::kMostRows) return false; \
-    use(FewBlocks<traits>{});                           \
-    return true;
+#define KTMOE_BLOCK_FORMAT(id, traits)              \
+  case WeightFormat::id: {                          \
+    const auto few = few_blocks<traits>();          \
+    if (m > decltype(few)::kMostRows) return false; \
+    use(few);                                       \
+    return true;                                    \
+  }
 #include "format/formats.inc"
 #undef KTMOE_FORMAT
     }
