@@ -9,7 +9,7 @@ template <class V>
 struct Fp8Dot {
   using F = typename V::F;
   using I = typename V::I;
-  static constexpr int kGroup = 4, kMostRows = 4;
+  static constexpr int kGroup = 4, kMostRows = 12;  // more rows pay for unpacking the weights
 
   static int row_bytes(int padded) { return 4 * (padded + 1); }
 
