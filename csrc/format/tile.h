@@ -81,13 +81,15 @@ inline std::uint16_t to_f16(float x) {
   const float aligned = load_as<float>(&size) + 0.5f;  // subnormal: the last place of 0.5 is theirs
   return with_sign(load_as<std::uint32_t>(&aligned) - 0x3f000000);
 }
-// The same of any half: NaN for those that are not finite.
-inline float f16_or_nan(const std::byte* p) {
-  const auto h = load_as<std::uint16_t>(p);
-  return (h & 0x7c00) == 0x7c00 ? std::nanf("") : f16_to_float(h);
+inline bool f16_finite(std::uint16_t h) {
+  return (h & 0x7c00) != 0x7c00;
 }
 inline bool f16_finite(const std::byte* p) {
-  return (load_as<std::uint16_t>(p) & 0x7c00) != 0x7c00;
+  return f16_finite(load_as<std::uint16_t>(p));
+}
+// NaN for those that are not finite.
+inline float f16_or_nan(const std::byte* p) {
+  return f16_finite(p) ? f16_to_float(load_as<std::uint16_t>(p)) : std::nanf("");
 }
 
 // What a published format consists of, per matrix row: `bytes` for every `block` consecutive k (ragged rows round up).

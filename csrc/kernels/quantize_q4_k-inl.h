@@ -194,7 +194,7 @@ struct Q4KQuantizer {
     }
     for (int b = 0; b < n; ++b, dst += kBytes) {
       std::uint16_t head[2] = {to_f16(d[b]), to_f16(dmin[b])};
-      if (broken[b] || (head[0] & 0x7c00) == 0x7c00 || (head[1] & 0x7c00) == 0x7c00) head[0] = 0x7e00;
+      if (broken[b] || !f16_finite(head[0]) || !f16_finite(head[1])) head[0] = 0x7e00;
       std::memcpy(dst, head, 4);
       // Groups 0..3 keep their 6 bits in bytes 0..3 (scales) and 4..7 (floors). The upper two bits of those bytes are the upper bits of
       // groups 4..7, whose lower four bits share bytes 8..11.
