@@ -60,6 +60,16 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
     return capsys.readouterr().err
 
 
+def assert_same_layers(shape: ref.Shape, method: str, packed: Path, source: Path) -> None:
+    """Layers from packed files compute the bits of those from their source."""
+    for layer in LAYERS:
+        mapped, read = (ref.make(shape, method, layer_idx=layer, weight_path=path) for path in (packed, source))
+        mapped.load_weights()
+        read.load_weights()
+        inputs = (*ref.batch(shape, 5), *([False] if mapped.mode == "sft" else []))
+        assert torch.equal(mapped.forward(*inputs), read.forward(*inputs))
+
+
 def image(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("ktmoe-layer-*.safetensors")}
 
@@ -78,12 +88,7 @@ def test_round_trip(model: Path, tmp_path: Path, method: str) -> None:
     assert f"2 layers as {method}" in text
     assert "all checksums fit" in text
     assert f"The source, {model}, has not changed." in text
-    for layer in LAYERS:
-        mapped, packed = (ref.make(SHAPE, method, layer_idx=layer, weight_path=path) for path in (out, model))
-        mapped.load_weights()
-        packed.load_weights()
-        inputs = (*ref.batch(SHAPE, 5), *([False] if mapped.mode == "sft" else []))
-        assert torch.equal(mapped.forward(*inputs), packed.forward(*inputs))
+    assert_same_layers(SHAPE, method, out, model)
 
 
 def test_a_model_made_by_transformers(tmp_path: Path) -> None:
@@ -113,13 +118,7 @@ def test_gguf_files(gguf_model: Path, tmp_path: Path, method: str, whole_folder:
     source, out = gguf_model.parent if whole_folder else gguf_model, tmp_path / "packed"
     assert f"2 layers as {method}" in invoke("quantize", source, "-m", method, "-o", out)
     assert f"The source, {source}, has not changed." in invoke("verify", out)
-    shape = ref.Shape(hidden=256, inter=512, experts=5, top_k=2)
-    for layer in LAYERS:
-        mapped, packed = (ref.make(shape, method, layer_idx=layer, weight_path=path) for path in (out, source))
-        mapped.load_weights()
-        packed.load_weights()
-        inputs = (*ref.batch(shape, 5), *([False] if mapped.mode == "sft" else []))
-        assert torch.equal(mapped.forward(*inputs), packed.forward(*inputs))
+    assert_same_layers(ref.Shape(hidden=256, inter=512, experts=5, top_k=2), method, out, source)
 
 
 @pytest.mark.parametrize("names", ["old", "fused"])
