@@ -11,15 +11,23 @@ struct BlockLevels {
   static constexpr bool kUnsigned = Fmt::bits < 8 && (kFromZero || !HasLevels<Fmt>);  // 0 .. 63, which maddubs takes
   static constexpr bool kTwoScales = Fmt::bits == 6;                                  // one for each 16 k
 
+  // For R rows, 0 for any number. A few leave asking for whole bytes to the hardware, and are faster with less ahead in the large tiles of
+  // K-quants.
+  template <int R>
+  static inline __attribute__((always_inline)) void ask(const std::byte* at) {
+    constexpr bool kFew = R && R < V::kAskRows;
+    ask_ahead<V, kFew && Fmt::bits == 8 ? Ask::in_halves : Ask::always, kFew && Fmt::k_step == 256 ? V::kAhead / 2 : V::kAhead>(at);
+  }
+
   struct Pair {
     I first, second;
   };
   // Quads 2 i and 2 i + 1 of a span, in the order of BlockOperand.
-  template <int i, Ask kAsk, int kDistance>
+  template <int i, int R>
   static inline __attribute__((always_inline)) Pair pair(const std::byte* tile, int span) {
     constexpr int kRowsOfPair = Fmt::bits == 8 ? 2 : 1;
     const std::byte* at = tile + kRowBytes * (Fmt::scale_rows + (4 * span + i) * kRowsOfPair);
-    for (int row = 0; row < kRowsOfPair; ++row) ask_ahead<V, kAsk, kDistance>(at + kRowBytes * row);
+    for (int row = 0; row < kRowsOfPair; ++row) ask<R>(at + kRowBytes * row);
     if constexpr (Fmt::bits == 8) {
       return {V::load_i(at), V::load_i(at + kRowBytes)};
     } else {
@@ -34,7 +42,7 @@ struct BlockLevels {
       } else {  // one or two more bits of each level, those of a span in one row or two
         constexpr int kMore = Fmt::bits - 4, kMask = kMore == 1 ? 0x10101010 : 0x30303030, kFrom = kMore == 1 ? 2 * i : 4 * (i % 2);
         const std::byte* more = tile + kRowBytes * (Fmt::high_row + (kMore == 1 ? span : 2 * span + i / 2));
-        if constexpr (kFrom == 0) ask_ahead<V, kAsk, kDistance>(more);
+        if constexpr (kFrom == 0) ask<R>(more);
         const I bits = V::load_i(more);
         return {V::or_i(low, V::and_i(move_bit<V, kFrom, 4>(bits), kMask)),
                 V::or_i(high, V::and_i(move_bit<V, kFrom + kMore, 4>(bits), kMask))};
@@ -110,11 +118,36 @@ inline __attribute__((always_inline)) typename V::F add_scaled(typename V::F sum
 
 inline constexpr int kMostBlockRows = 16;  // more rows pay for unpacking the weights, and their activations stay exact
 
+// Rows of an operand times a panel: add_span(tile, span, scales, x, own, sum) for each span of both tiles. R = rows, whose sums then may
+// stay in registers, or 0 for any number up to kMostBlockRows.
+template <class V, class Fmt, bool kByRow, int R, class AddSpan>
+inline __attribute__((always_inline)) void walk_blocks(const std::byte* panel, int k_steps, const std::byte* operand, int rows, float* c,
+                                                       std::ptrdiff_t ldc, bool accumulate, AddSpan add_span) {
+  using Operand = BlockOperand<V, Fmt, kByRow>;
+  constexpr int kSpans = Fmt::k_step / 32, kTile = Fmt::rows * kRowBytes;
+  const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
+  const auto* own = reinterpret_cast<const float*>(x + k_steps * kSpans * Operand::kQuads * rows);
+  typename V::F sum[2][R ? R : kMostBlockRows];
+  for (int t = 0; t < 2; ++t)
+    for (int r = 0; r < rows; ++r) sum[t][r] = accumulate ? V::load(c + r * ldc + 16 * t) : V::set(0.0f);
+  for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += kSpans * Operand::kQuads * rows, own += kSpans * Operand::kScales * rows)
+    in_tiles<V, kSpans, true>([&](auto t, int span) __attribute__((always_inline)) {
+      const std::byte* tile = panel + t * kTile;
+      if (span == 0)
+        for (int row = 0; row < Fmt::scale_rows; ++row) BlockLevels<V, Fmt>::template ask<R>(tile + kRowBytes * row);
+      add_span(tile, span, BlockWeights<V, Fmt>::scales(tile, span), x + span * Operand::kQuads * rows,
+               own + span * Operand::kScales * rows, sum[t]);
+    });
+  for (int t = 0; t < 2; ++t)
+    for (int r = 0; r < rows; ++r) V::store(c + r * ldc + 16 * t, sum[t][r]);
+}
+
 // Without VNNI: 16 k of the levels stay in registers while the rows pass by.
 template <class V, class Fmt>
 struct BlockRows {
   using F = typename V::F;
   using I = typename V::I;
+  using Scales = typename BlockWeights<V, Fmt>::Scales;
   using Levels = BlockLevels<V, Fmt>;
   using Operand = BlockOperand<V, Fmt, true>;
   static constexpr int kMostRows = kMostBlockRows;
@@ -133,38 +166,22 @@ struct BlockRows {
   static constexpr bool kNarrow = Levels::kUnsigned && Fmt::bits < 6;
   static constexpr bool kNarrowSpan = kNarrow && Fmt::bits == 4 && !Levels::kFromZero;
 
-  // R = m, whose sums then stay in registers, or 0 for any m <= kMostRows.
   template <int R>
   static void run(const std::byte* panel, int k_steps, const std::byte* operand, int m, float* c, std::ptrdiff_t ldc, bool accumulate) {
-    constexpr int kSpans = Fmt::k_step / 32, kTile = Fmt::rows * kRowBytes;
     const int rows = R ? R : m;
-    const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
-    const auto* own = reinterpret_cast<const float*>(x + k_steps * kSpans * Operand::kQuads * rows);
-    F sum[2][R ? R : kMostRows];
-    for (int t = 0; t < 2; ++t)
-      for (int r = 0; r < rows; ++r) sum[t][r] = accumulate ? V::load(c + r * ldc + 16 * t) : V::set(0.0f);
-    for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += kSpans * Operand::kQuads * rows, own += kSpans * Operand::kScales * rows)
-      in_tiles<V, kSpans, true>([&](auto t, int span) __attribute__((always_inline)) {
-        add_span<R>(panel + t * kTile, span, x + span * Operand::kQuads * rows, own + span * Operand::kScales * rows, rows, sum[t]);
-      });
-    for (int t = 0; t < 2; ++t)
-      for (int r = 0; r < rows; ++r) V::store(c + r * ldc + 16 * t, sum[t][r]);
+    walk_blocks<V, Fmt, true, R>(panel, k_steps, operand, rows, c, ldc, accumulate,
+                                 [rows](const std::byte* tile, int span, const Scales& scales, const std::uint32_t* x, const float* own,
+                                        F* sum) __attribute__((always_inline)) { add_span<R>(tile, span, scales, x, own, rows, sum); });
   }
 
   template <int R>
-  static inline __attribute__((always_inline)) void add_span(const std::byte* tile, int span, const std::uint32_t* x, const float* own,
-                                                             int rows, F* sum) {
-    constexpr bool kFew = R == 1 || R == 2;
-    constexpr Ask kAsk = kFew && Fmt::bits == 8 ? Ask::in_halves : Ask::always;
-    constexpr int kDistance = kFew && Fmt::k_step == 256 ? V::kAhead / 2 : V::kAhead;  // large tiles: few rows are faster with less ahead
-    if (span == 0)
-      for (int row = 0; row < Fmt::scale_rows; ++row) ask_ahead<V, kAsk, kDistance>(tile + kRowBytes * row);
-    const auto scales = BlockWeights<V, Fmt>::scales(tile, span);
-    const auto a = Levels::template pair<0, kAsk, kDistance>(tile, span), b = Levels::template pair<1, kAsk, kDistance>(tile, span);
+  static inline __attribute__((always_inline)) void add_span(const std::byte* tile, int span, const Scales& scales, const std::uint32_t* x,
+                                                             const float* own, int rows, F* sum) {
+    const auto a = Levels::template pair<0, R>(tile, span), b = Levels::template pair<1, R>(tile, span);
     I first[R ? R : kMostRows];  // sums of k < 16
 #pragma GCC unroll 2
     for (int r = 0; r < rows; ++r) first[r] = products(a, b, x + Operand::kQuads * r);
-    const auto c = Levels::template pair<2, kAsk, kDistance>(tile, span), d = Levels::template pair<3, kAsk, kDistance>(tile, span);
+    const auto c = Levels::template pair<2, R>(tile, span), d = Levels::template pair<3, R>(tile, span);
 #pragma GCC unroll 2
     for (int r = 0; r < rows; ++r) {
       const I second = products(c, d, x + Operand::kQuads * r + 4);
@@ -199,6 +216,7 @@ template <class V, class Fmt>
 struct BlockVnniDot {
   using F = typename V::F;
   using I = typename V::I;
+  using Scales = typename BlockWeights<V, Fmt>::Scales;
   using Levels = BlockLevels<V, Fmt>;
   using Operand = BlockOperand<V, Fmt, false>;
   static constexpr int kGroup = 8;
@@ -209,33 +227,15 @@ struct BlockVnniDot {
 
   template <int R>
   static void run(const std::byte* panel, int k_steps, const std::byte* operand, float* c, std::ptrdiff_t ldc, bool accumulate) {
-    constexpr int kSpans = Fmt::k_step / 32, kTile = Fmt::rows * kRowBytes;
-    const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
-    const auto* own = reinterpret_cast<const float*>(x + k_steps * kSpans * Operand::kQuads * R);
-    F sum[2][R];
-    for (int t = 0; t < 2; ++t)
-      for (int r = 0; r < R; ++r) sum[t][r] = accumulate ? V::load(c + r * ldc + 16 * t) : V::set(0.0f);
-    for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += kSpans * Operand::kQuads * R, own += kSpans * Operand::kScales * R)
-      in_tiles<V, kSpans, true>([&](auto t, int span) __attribute__((always_inline)) {
-        add_span<R>(panel + t * kTile, span, x + span * Operand::kQuads * R, own + span * Operand::kScales * R, sum[t]);
-      });
-    for (int t = 0; t < 2; ++t)
-      for (int r = 0; r < R; ++r) V::store(c + r * ldc + 16 * t, sum[t][r]);
+    walk_blocks<V, Fmt, false, R>(panel, k_steps, operand, R, c, ldc, accumulate,
+                                  [](const std::byte* tile, int span, const Scales& scales, const std::uint32_t* x, const float* own,
+                                     F* sum) __attribute__((always_inline)) { add_span<R>(tile, span, scales, x, own, sum); });
   }
 
  private:
   template <int R>
-  static constexpr Ask kAsk = Fmt::bits != 8 || R >= V::kAskRows ? Ask::always : Ask::in_halves;
-  // The large tiles of K-quants: one or two rows are faster with less ahead.
-  template <int R>
-  static constexpr int kDistance = Fmt::k_step == 256 && R <= 2 ? V::kAhead / 2 : V::kAhead;
-
-  template <int R>
-  static inline __attribute__((always_inline)) void add_span(const std::byte* tile, int span, const std::uint32_t* x, const float* own,
-                                                             F (&sum)[R]) {
-    if (span == 0)
-      for (int row = 0; row < Fmt::scale_rows; ++row) ask_ahead<V, kAsk<R>, kDistance<R>>(tile + kRowBytes * row);
-    const auto scales = BlockWeights<V, Fmt>::scales(tile, span);
+  static inline __attribute__((always_inline)) void add_span(const std::byte* tile, int span, const Scales& scales, const std::uint32_t* x,
+                                                             const float* own, F* sum) {
     I whole[R][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -250,7 +250,7 @@ struct BlockVnniDot {
   // One pair of quads after another.
   template <int R, int i>
   static inline __attribute__((always_inline)) void products(const std::byte* tile, int span, const std::uint32_t* x, I (&whole)[R][2]) {
-    const auto levels = Levels::template pair<i, kAsk<R>, kDistance<R>>(tile, span);
+    const auto levels = Levels::template pair<i, R>(tile, span);
     const I first = Operand::kUnsigned ? levels.first : Int8Dot<V>::of(levels.first);
     const I second = Operand::kUnsigned ? levels.second : Int8Dot<V>::of(levels.second);
     constexpr int kHalf = Operand::kTwoScales ? i / 2 : 0;
