@@ -69,6 +69,7 @@ Probe probe() {
   add("avx2", b7 >> 5 & 1, ymm);
   add("fma", c1 >> 12 & 1, ymm);
   add("f16c", c1 >> 29 & 1, ymm);
+  add("avxvnni", a71 >> 4 & 1, ymm);
   add("avx512f", b7 >> 16 & 1, zmm);
   add("avx512dq", b7 >> 17 & 1, zmm);
   add("avx512bw", b7 >> 30 & 1, zmm);
@@ -108,6 +109,8 @@ std::vector<const char*> needs(Isa isa) {
       return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni"};
     case Isa::avx512:
       return {"avx512f", "avx512dq", "avx512bw", "avx512vl"};
+    case Isa::avxvnni:
+      return {"avx2", "fma", "f16c", "avxvnni"};
     case Isa::avx2:
       return {"avx2", "fma", "f16c"};
     case Isa::portable:

@@ -27,7 +27,7 @@ struct Fp8Pairs {
   using F = typename V::F;
   using I = typename V::I;
   static constexpr int kMostRows = 256;  // any: more than kFewRows through tiles in cache
-  static constexpr int kFewRows = 8;
+  static constexpr int kFewRows = 2 * V::kRows;
   static constexpr int kTile = Fp8Format::rows * kRowBytes, kCodeRows = Fp8Format::rows - Fp8Format::scale_rows;
   static constexpr int kStepWords = Fp8Format::k_step / 2;
 
@@ -41,7 +41,10 @@ struct Fp8Pairs {
                     bool accumulate) {
     const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
     if (m <= kFewRows)
-      for_rows<kFewRows>(m, [](auto rows) { return &run<rows>; })(panel, k_steps, x, c, ldc, accumulate);
+      each_group<V::kRows>(m, [&](int r, int n) {
+        const auto run_rows = for_rows<V::kRows>(n, [](auto rows) { return &run<rows>; });
+        run_rows(panel, k_steps, x + static_cast<std::ptrdiff_t>(r) * k_steps * kStepWords, c + r * ldc, ldc, accumulate);
+      });
     else
       run_in_cache(panel, k_steps, x, m, c, ldc, accumulate);
   }
@@ -49,22 +52,19 @@ struct Fp8Pairs {
  private:
   template <int R>
   static void run(const std::byte* panel, int k_steps, const std::uint32_t* x, float* c, std::ptrdiff_t ldc, bool accumulate) {
-    for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += kStepWords * R) {
-      F sum[2][kSums<R>][R];
-      for (int t = 0; t < 2; ++t) {
-        ask_ahead<V, Ask::always>(panel + t * kTile);
+    for (int s = 0; s < k_steps; ++s, x += kStepWords * R)
+      for (int t = 0; t < 2; ++t, panel += kTile) {
+        F sum[kSums<R>][R];
         for (int i = 0; i < kSums<R>; ++i)
-          for (int r = 0; r < R; ++r) sum[t][i][r] = V::set(0.0f);
+          for (int r = 0; r < R; ++r) sum[i][r] = V::set(0.0f);
+        ask_ahead<V, Ask::always>(panel);
+        for (int pair = 0; pair < kCodeRows / 2; ++pair) {
+          const std::byte* row = panel + (Fp8Format::scale_rows + 2 * pair) * kRowBytes;
+          add_codes<R, 0>(row, x + 4 * pair * R, sum);
+          add_codes<R, 2>(row + kRowBytes, x + (4 * pair + 2) * R, sum);
+        }
+        for (int r = 0; r < R; ++r) add_scaled(scale_of(panel), total<kSums<R>, R>(sum, r), c + r * ldc + 16 * t, s > 0 || accumulate);
       }
-      in_tiles<V, kCodeRows / 2, true>([&](auto t, int pair) __attribute__((always_inline)) {
-        const std::byte* row = panel + t * kTile + (Fp8Format::scale_rows + 2 * pair) * kRowBytes;
-        add_codes<R, 0>(row, x + 4 * pair * R, sum[t]);
-        add_codes<R, 2>(row + kRowBytes, x + (4 * pair + 2) * R, sum[t]);
-      });
-      for (int t = 0; t < 2; ++t)
-        for (int r = 0; r < R; ++r)
-          add_scaled(scale_of(panel + t * kTile), total<kSums<R>, R>(sum[t], r), c + r * ldc + 16 * t, s > 0 || accumulate);
-    }
   }
 
   static void run_in_cache(const std::byte* panel, int k_steps, const std::uint32_t* x, int m, float* c, std::ptrdiff_t ldc,
@@ -88,15 +88,16 @@ struct Fp8Pairs {
     }
   }
 
+  // Of a row: a single chain of additions would wait for itself, unless there are many beside it. More than 10 rows need the registers.
   template <int R>
-  static constexpr int kSums = R == 1 ? 4 : 2;  // a single chain of additions would wait for itself
+  static constexpr int kSums = R == 1 ? 4 : 1 + (R <= 10);
 
   template <int n, int R>
   static F total(const F (&sum)[n][R], int r) {
     if constexpr (n == 4)
       return V::add(V::add(sum[0][r], sum[1][r]), V::add(sum[2][r], sum[3][r]));
     else
-      return V::add(sum[0][r], sum[1][r]);
+      return n == 2 ? V::add(sum[0][r], sum[n - 1][r]) : sum[0][r];
   }
   static F scale_of(const std::byte* tile) { return V::mul(V::load(reinterpret_cast<const float*>(tile)), V::set(0x1p-104f)); }
   static void add_scaled(F scale, F sum, float* c, bool accumulate) {
@@ -120,7 +121,7 @@ struct Fp8Pairs {
   template <int R, int first, int n>
   static inline __attribute__((always_inline)) void add_codes(const std::byte* at, const std::uint32_t* x, F (&sum)[n][R]) {
     const Codes pairs(at);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       F &a = sum[first % n][r], &b = sum[(first + 1) % n][r];
       a = V::dpbf16(a, pairs.even, V::set_i(static_cast<std::int32_t>(x[r])));

@@ -18,7 +18,7 @@ struct VectorGemm {
     else if constexpr (std::is_same_v<Fmt, Fp8Format>)
       return std::conditional_t<V::kBf16Pairs, Fp8Pairs<V>, RowGroups<Fp8Dot<V>>>{};
     else
-      return std::conditional_t<V::kVnni, RowGroups<BlockVnniDot<V, Fmt>>, BlockRows<V, Fmt>>{};
+      return BlockDot<V, Fmt>{};
   }
   // use(few_blocks()) if the format has one that takes m rows.
   template <class Use>
@@ -41,22 +41,23 @@ struct VectorGemm {
   }
 
   static bool int8_products(WeightFormat format) { return format_info(format).direct == WeightFormat::int8; }
-  // int4 without VNNI has an operand of its own.
-  static bool in_blocks(WeightFormat format) { return format == WeightFormat::int4 && !V::kVnni; }
-  // With VNNI, up to so many rows of int4 are multiplied from registers; for more, weights become int8 tiles in cache.
-  static constexpr int kFewInt4 = 2 * V::kRows;
+  // Up to so many rows of int4 are multiplied from registers; for more, weights become int8 tiles in cache.
+  static constexpr int kFewInt4 = V::kVnni ? 2 * V::kRows : kMaxBlockRows;
+  // Without the registers of AVX-512, or without VNNI, by Int4Blocks, which have an operand of their own.
+  static constexpr bool kInt4Blocks = !V::kVnni || V::kTiles == 1;
+  static bool in_int4_blocks(WeightFormat format, int m) { return format == WeightFormat::int4 && kInt4Blocks && m <= kFewInt4; }
 
-  static std::size_t words_per_row(WeightFormat format, int k) {
+  static std::size_t words_per_row(WeightFormat format, int m, int k) {
     const FormatInfo& info = format_info(format);
     const int padded = round_up(k, info.k_step), rows64 = padded / info.k_step * direct_steps(info) * 16;
-    if (in_blocks(format)) return static_cast<std::size_t>(padded / 32 * Int4Blocks<V>::kPairWords);
+    if (in_int4_blocks(format, m)) return static_cast<std::size_t>(padded / 32 * Int4Blocks<V>::kPairWords);
     return static_cast<std::size_t>(rows64) * (int8_products(format) ? Int8Dot<V>::words : Products::Stored::words);
   }
 
   // --- operands ---
 
   static std::size_t operand_bytes(WeightFormat format, int m, int k) {
-    std::size_t bytes = static_cast<std::size_t>(m) * (words_per_row(format, k) * 4 + 8);  // 8: the scale and offset of int8
+    std::size_t bytes = static_cast<std::size_t>(m) * (words_per_row(format, m, k) * 4 + 8);  // 8: the scale and offset of int8
     with_few_blocks(format, m, [&](auto few) { bytes = few.bytes(m, round_up(k, format_info(format).k_step)); });
     return bytes;
   }
@@ -65,11 +66,11 @@ struct VectorGemm {
     const int padded = round_up(k, format_info(format).k_step);
     if (with_few_blocks(format, m, [&](auto few) { few.pack(rows, m, k, padded, dst); })) return;
     if (!int8_products(format)) return Products::pack(rows, m, k, padded, dst);
-    auto* scale = reinterpret_cast<float*>(dst) + static_cast<std::size_t>(m) * words_per_row(format, k);
+    auto* scale = reinterpret_cast<float*>(dst) + static_cast<std::size_t>(m) * words_per_row(format, m, k);
     auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
     for (int r = 0; r < m; ++r) scale[r] = row_scale[rows.index ? rows.index[r] : r];
     std::fill_n(offset, m, 0);
-    if (in_blocks(format)) return Int4Blocks<V>::pack(rows, m, padded, reinterpret_cast<std::uint32_t*>(dst));
+    if (in_int4_blocks(format, m)) return Int4Blocks<V>::pack(rows, m, padded, reinterpret_cast<std::uint32_t*>(dst));
     interleave_groups<V>(m, padded / 4, dst, [&](int r, int i) { return V::load_i(rows.row<std::int8_t>(r) + 64 * i); });
     if constexpr (Int8Dot<V>::unsigned_weights)
       for (int r = 0; r < m; ++r) offset[r] = 128 * sum_bytes(rows.row<std::int8_t>(r), padded);
@@ -141,17 +142,16 @@ struct VectorGemm {
   static void forward_int4(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
     const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
     const PackedLayout& l = w.layout();
-    if constexpr (!V::kVnni) {
-      const auto run = m == 1 ? &Int4Blocks<V>::template run<1, kMaxBlockRows> : &Int4Blocks<V>::template run<0, kMaxBlockRows>;
+    if (m > kFewInt4) return forward_unpacked<InCache<Int8Dot<V>>>(operand, m, w, p0, p1, c, false);
+    if constexpr (kInt4Blocks) {
+      const auto run = m == 1 ? &Int4Blocks<V>::template run<1, kFewInt4> : &Int4Blocks<V>::template run<0, kFewInt4>;
       for (int p = p0; p < p1; ++p, c += c_block_floats(m)) run(w.panel(p), l.k_steps, x, m, c, kPanelColumns);
-    } else if (m <= kFewInt4) {
+    } else {
       for (int p = p0; p < p1; ++p, c += c_block_floats(m))
         each_group<V::kRows>(m, [&](int r, int n) {
           const auto run = for_rows<V::kRows>(n, [](auto rows) { return &Int4VnniDot<V, rows>::run; });
           run(w.panel(p), l.k_steps, x + r * (l.k_padded() / 4), c + r * kPanelColumns, kPanelColumns);
         });
-    } else {
-      forward_unpacked<InCache<Int8Dot<V>>>(operand, m, w, p0, p1, c, false);
     }
   }
 
@@ -166,7 +166,7 @@ struct VectorGemm {
         const int steps = all - s < kStepBlock ? all - s : kStepBlock;
         for (int i = 0; i < 2 * steps; ++i) Unpack<V>::tile(w, p, i % 2, s + i / 2, tiles + i * kTileBytes);
         mac_rows<V, Dot>(tiles, 2 * kTileBytes, kTileBytes, 2, s, steps, reinterpret_cast<const std::uint32_t*>(operand),
-                         words_per_row(l.format, l.k), m, c, kPanelColumns, accumulate || s > 0);
+                         words_per_row(l.format, m, l.k), m, c, kPanelColumns, accumulate || s > 0);
       }
   }
 
@@ -181,7 +181,7 @@ struct VectorGemm {
         const int spans = all - s < kSpans ? all - s : kSpans;
         for (int i = 0; i < 2 * spans; ++i) Unpack<V>::floats(w, p, i / spans, s + i % spans, rows[i / spans] + i % spans * kSpanFloats);
         mac_rows<V, F32Dot<V>>(reinterpret_cast<const std::byte*>(rows), kTileBytes, sizeof rows[0], 2, 2 * s, 2 * spans,
-                               reinterpret_cast<const std::uint32_t*>(operand), words_per_row(l.format, l.k), m, c, kPanelColumns,
+                               reinterpret_cast<const std::uint32_t*>(operand), words_per_row(l.format, m, l.k), m, c, kPanelColumns,
                                accumulate || s > 0);
       }
   }
@@ -189,7 +189,7 @@ struct VectorGemm {
   template <class Dot>
   static void forward_steps(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
     const PackedLayout& l = w.layout();
-    const std::size_t words = words_per_row(l.format, l.k);
+    const std::size_t words = words_per_row(l.format, m, l.k);
     const int block = m <= V::kRows ? l.k_steps : kStepBlock;
     for (int p = p0; p < p1; ++p)
       for (int s = 0; s < l.k_steps; s += block) {
@@ -202,7 +202,7 @@ struct VectorGemm {
   // int32 sums -> fp32, in place: (sum * row scale) * column scale.
   static void scale_int8(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
     const PackedLayout& l = w.layout();
-    const auto* scale = reinterpret_cast<const float*>(operand) + static_cast<std::size_t>(m) * words_per_row(l.format, l.k);
+    const auto* scale = reinterpret_cast<const float*>(operand) + static_cast<std::size_t>(m) * words_per_row(l.format, m, l.k);
     const auto* offset = reinterpret_cast<const std::int32_t*>(scale + m);
     scale_int8(scale, offset, m, w, p0, p1, c);
   }

@@ -1,10 +1,10 @@
 // Rows of int8 times one panel of int4, unpacked in registers; exact int32 sums.
 // Include inside the namespace of a level, after unpack-inl.h and weight_order-inl.h.
 
-// Without VNNI: per block of 16 k, m * sum(q x) - o * sum(x). A block stays in registers while all rows pass by. Blocks come in pairs,
+// Per block of 16 k, m * sum(q x) - o * sum(x). A block stays in registers while all rows pass by. Blocks come in pairs,
 // whose levels share bytes, and whose offsets one multiplication takes.
 //   x    for each pair: quads of the first block [row][4], of the second, and a word [row] of two 16-bit numbers, -sum(x) of each
-// 4 * 15 * 127 * 2 < 2^15, so the 16-bit sums of a block are exact.
+// The sums of a block are exact in 16 bits: 16 * 15 * 127 < 2^15.
 template <class V>
 struct Int4Blocks {
   using I = typename V::I;
@@ -60,13 +60,13 @@ struct Int4Blocks {
       ask_ahead<V, Ask::always>(at);
       q[j] = V::and_i(V::load_i(at), 0x0f0f0f0f);
     }
-    const I m0 = codes.template m<b>();
+    const I m0 = factor(codes.template m<b>());
 #pragma GCC unroll 2
     for (int r = 0; r < rows; ++r) sum[r] = V::madd(sum[r], products(q, x + 4 * r), m0);
 
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) q[j] = V::and_i(V::template shr<4>(V::load_i(tile + kRowBytes * (1 + 2 * b + j))), 0x0f0f0f0f);
-    const I m1 = codes.template m<b + 1>();
+    const I m1 = factor(codes.template m<b + 1>());
     const I o = codes.template o_pair<b>();
 #pragma GCC unroll 2
     for (int r = 0; r < rows; ++r) {
@@ -75,14 +75,21 @@ struct Int4Blocks {
     }
   }
 
-  // 16-bit sums of q x over a block.
+  // Sums of q x over a block: of its even and odd k in the halves of a word, or of all k in the word.
   static inline __attribute__((always_inline)) I products(const I (&q)[4], const std::uint32_t* x) {
-    auto product = [&](int j) __attribute__((always_inline)) { return V::maddubs(q[j], V::set_i(static_cast<std::int32_t>(x[j]))); };
-    return V::add16(V::add16(product(0), product(1)), V::add16(product(2), product(3)));
+    auto word = [&](int j) __attribute__((always_inline)) { return V::set_i(static_cast<std::int32_t>(x[j])); };
+    if constexpr (V::kVnni) {
+      return V::dpbusd(V::dpbusd(V::dpbusd(V::dpbusd(V::set_i(0), q[0], word(0)), q[1], word(1)), q[2], word(2)), q[3], word(3));
+    } else {
+      auto product = [&](int j) __attribute__((always_inline)) { return V::maddubs(q[j], word(j)); };
+      return V::add16(V::add16(product(0), product(1)), V::add16(product(2), product(3)));
+    }
   }
+  // m, which is in both halves of a word, for what they hold; the upper half of a sum in a word is only its sign.
+  static inline __attribute__((always_inline)) I factor(I m) { return V::kVnni ? V::and_i(m, 0xffff) : m; }
 };
 
-// With VNNI, which sums four products at once: weights become int8 + 128 in registers; what that adds to the sums is the operand's offset.
+// With VNNI and the registers for both tiles: weights become int8 + 128 in registers; what that adds to the sums is the operand's offset.
 template <class V, int R>
 struct Int4VnniDot {
   using I = typename V::I;
@@ -115,9 +122,7 @@ struct Int4VnniDot {
   template <int b>
   struct Blocks {
     I m[2], o[2];
-    explicit Blocks(const Int4Codes<V>& codes)
-        : m{codes.template m<b>(), codes.template m<b + 1>()},
-          o{codes.template unsigned_offsets<b>(), codes.template unsigned_offsets<b + 1>()} {}
+    explicit Blocks(const Int4Codes<V>& codes) : m{codes.template m<b>(), codes.template m<b + 1>()} { codes.template o_bytes<b, true>(o); }
     I low(I row) const { return V::sub8(V::mullo16(V::and_i(row, 0x0f0f0f0f), m[0]), o[0]); }
     I high(I row) const { return V::sub8(V::mullo16(V::and_i(V::template shr<4>(row), 0x0f0f0f0f), m[1]), o[1]); }
   };

@@ -22,7 +22,8 @@ static inline __attribute__((always_inline)) void mac_row(typename Dot::Acc (&ac
   if constexpr (word + 1 < Dot::words) mac_row<V, Dot, R, NT, t0, count, word + 1>(acc, row, tile_stride, x);
 }
 
-template <class V, class Dot, int R, int NT, Ask kAsk>
+// kOnce: the weights are read for these rows alone, in the order of weight_order-inl.h; otherwise the tiles share what is loaded of x.
+template <class V, class Dot, int R, int NT, Ask kAsk, bool kOnce>
 void mac_asking(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int steps, const std::uint32_t* x, float* c,
                 std::ptrdiff_t ldc, bool accumulate) {
   typename Dot::Acc acc[R][NT];
@@ -31,7 +32,7 @@ void mac_asking(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t t
 #pragma GCC unroll 2
     for (int t = 0; t < NT; ++t) acc[r][t] = accumulate ? Dot::load(c + r * ldc + 16 * t) : Dot::zero();
   for (int s = 0; s < steps; ++s, w += step_stride, x += 16 * Dot::words * R) {
-    if constexpr (Dot::streamed && (R <= 2 || V::kInOrder) && NT == 2) {
+    if constexpr (Dot::streamed && kOnce && (R <= 2 || V::kInOrder) && NT == 2) {
       in_tiles<V, 16, (R > 2)>([&](auto t, int j) __attribute__((always_inline)) {
         const std::byte* row = w + t * tile_stride + 64 * j;
         ask_ahead<V, kAsk>(row);
@@ -54,12 +55,13 @@ void mac_asking(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t t
 }
 
 // Ask::in_halves for integers, decided once: with the question at every line the loop loses what asking gains.
-template <class V, class Dot, int R, int NT>
+template <class V, class Dot, int R, int NT, bool kOnce>
 void mac(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t tile_stride, int steps, const std::uint32_t* x, float* c,
          std::ptrdiff_t ldc, bool accumulate) {
   if constexpr (Dot::integers && Dot::streamed && V::kInOrder && R < V::kAskRows)
-    if (avx2_in_halves) return mac_asking<V, Dot, R, NT, Ask::always>(w, step_stride, tile_stride, steps, x, c, ldc, accumulate);
-  mac_asking<V, Dot, R, NT, (R >= V::kAskRows) ? Ask::always : Ask::never>(w, step_stride, tile_stride, steps, x, c, ldc, accumulate);
+    if (avx2_in_halves) return mac_asking<V, Dot, R, NT, Ask::always, kOnce>(w, step_stride, tile_stride, steps, x, c, ldc, accumulate);
+  constexpr Ask kAsk = R >= V::kAskRows ? Ask::always : Ask::never;
+  mac_asking<V, Dot, R, NT, kAsk, kOnce>(w, step_stride, tile_stride, steps, x, c, ldc, accumulate);
 }
 
 // All m rows of an operand in groups (each_group<V::kRows>), words_per_row for each row; NT from the number of rows, never from the data.
@@ -74,11 +76,12 @@ void mac_rows(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t til
       const std::uint32_t* group = x + static_cast<std::size_t>(r0) * words_per_row + skip * static_cast<std::size_t>(rows);
       const std::byte* tile = w + t * tile_stride;
       float* dst = c + r0 * ldc + 16 * t;
-      if (wide && t + 1 < n_tiles)
-        for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 2>; })(tile, step_stride, tile_stride, steps, group, dst, ldc,
-                                                                            accumulate);
-      else
-        for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 1>; })(tile, step_stride, tile_stride, steps, group, dst, ldc,
-                                                                            accumulate);
+      auto run = for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 1, true>; });
+      if (wide && t + 1 < n_tiles) {
+        constexpr bool kOrdered = Dot::streamed && V::kInOrder && V::kTiles == 2;
+        run = for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 2, true>; });
+        if (kOrdered && m > V::kRows) run = for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 2, !kOrdered>; });
+      }
+      run(tile, step_stride, tile_stride, steps, group, dst, ldc, accumulate);
     });
 }

@@ -174,14 +174,12 @@ struct Int4Codes {
   I m() const {  // m in both 16-bit halves
     return V::template spread<b>(m4);
   }
-  template <int b>
-  I o_bytes() const {  // o in each byte
-    const I o = offsets(V::mullo16(V::template spread<b>(z4), m<b>()));
-    return V::or_i(o, V::template shl<8>(o));
-  }
-  template <int b>
-  I unsigned_offsets() const {  // o - 128 in each byte: m q - (o - 128) is the weight + 128
-    return V::sub8(o_bytes<b>(), V::set_i(static_cast<std::int32_t>(0x80808080u)));
+  // o of blocks b and b + 1 in each byte, or o - 128: m q - (o - 128) is the weight + 128.
+  template <int b, bool kLess128>
+  void o_bytes(I (&o)[2]) const {
+    const I both = kLess128 ? V::sub8(o_pair<b>(), V::set_i(static_cast<std::int32_t>(0x80808080u))) : o_pair<b>();
+    o[0] = V::template all_bytes<0>(both);
+    o[1] = V::template all_bytes<2>(both);
   }
   template <int b>
   I o_pair() const {  // of block b in the low half, of b + 1 in the high one
@@ -253,20 +251,21 @@ struct Unpack {
   // int8 = m q - o by 16-bit multiplication of two bytes at once: q m <= 240, so the low byte never carries into the high one.
   static void int4_tile(const std::byte* src, std::byte* dst) {
     const Int4Codes<V> codes(src);
-    int4_block<0>(codes, src, dst);
-    int4_block<1>(codes, src, dst);
-    int4_block<2>(codes, src, dst);
-    int4_block<3>(codes, src, dst);
+    int4_blocks<0>(codes, src, dst);
+    int4_blocks<2>(codes, src, dst);
   }
+  // Blocks b and b + 1, whose levels share bytes.
   template <int b>
-  static inline __attribute__((always_inline)) void int4_block(const Int4Codes<V>& codes, const std::byte* src, std::byte* dst) {
-    const I m = codes.template m<b>(), o = codes.template o_bytes<b>();
+  static inline __attribute__((always_inline)) void int4_blocks(const Int4Codes<V>& codes, const std::byte* src, std::byte* dst) {
+    const I m[2] = {codes.template m<b>(), codes.template m<b + 1>()};
+    I o[2];
+    codes.template o_bytes<b, false>(o);
     for (int r = 0; r < 4; ++r) {
-      const std::byte* at = src + kRowBytes * (1 + 4 * (b / 2) + r);
-      if (b % 2 == 0) __builtin_prefetch(at + 4096, 0, 2);
+      const std::byte* at = src + kRowBytes * (1 + 2 * b + r);
+      __builtin_prefetch(at + 4096, 0, 2);
       const I row = V::load_i(at);
-      const I q = V::and_i(b % 2 ? V::template shr<4>(row) : row, 0x0f0f0f0f);
-      V::store_i(dst + kRowBytes * (4 * b + r), V::sub8(V::mullo16(q, m), o));
+      const I q[2] = {V::and_i(row, 0x0f0f0f0f), V::and_i(V::template shr<4>(row), 0x0f0f0f0f)};
+      for (int i = 0; i < 2; ++i) V::store_i(dst + kRowBytes * (4 * (b + i) + r), V::sub8(V::mullo16(q[i], m[i]), o[i]));
     }
   }
 };

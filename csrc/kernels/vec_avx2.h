@@ -151,6 +151,12 @@ struct Vec {
                                           _mm256_setr_epi32(0, 0x00040004, 0x00080008, 0x000c000c, 0, 0x00040004, 0x00080008, 0x000c000c));
     return {_mm256_shuffle_epi8(x.a, pick), _mm256_shuffle_epi8(x.b, pick)};
   }
+  template <int b>
+  KTMOE_INLINE I all_bytes(I x) {
+    const __m256i pick =
+        _mm256_broadcastsi128_si256(_mm_setr_epi32(b * 0x01010101, (b + 4) * 0x01010101, (b + 8) * 0x01010101, (b + 12) * 0x01010101));
+    return {_mm256_shuffle_epi8(x.a, pick), _mm256_shuffle_epi8(x.b, pick)};
+  }
   KTMOE_INLINE I add16(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
   KTMOE_INLINE I sub16(I x, I y) { return {_mm256_sub_epi16(x.a, y.a), _mm256_sub_epi16(x.b, y.b)}; }
   KTMOE_INLINE I maddubs(I u8, I s8) { return {_mm256_maddubs_epi16(u8.a, s8.a), _mm256_maddubs_epi16(u8.b, s8.b)}; }

@@ -114,6 +114,11 @@ struct Vec {
                                         static_cast<int>(0x80088008u + (b << 16 | b)), static_cast<int>(0x800c800cu + (b << 16 | b)));
     return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(pick));
   }
+  template <int b>
+  KTMOE_INLINE I all_bytes(I x) {
+    const __m128i pick = _mm_setr_epi32(b * 0x01010101, (b + 4) * 0x01010101, (b + 8) * 0x01010101, (b + 12) * 0x01010101);
+    return _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(pick));
+  }
   KTMOE_INLINE I add16(I x, I y) { return _mm512_add_epi16(x, y); }
   KTMOE_INLINE I sub16(I x, I y) { return _mm512_sub_epi16(x, y); }
   KTMOE_INLINE I maddubs(I u8, I s8) { return _mm512_maddubs_epi16(u8, s8); }

@@ -192,6 +192,11 @@ struct Vec {
   static I spread(I a) {
     return each_i([&](int i) { return (a.v[i] >> 8 * b & 255) * 0x00010001; });
   }
+  // Byte b of each lane in all four of its bytes.
+  template <int b>
+  static I all_bytes(I a) {
+    return each_i([&](int i) { return static_cast<std::int32_t>((static_cast<std::uint32_t>(a.v[i]) >> 8 * b & 255) * 0x01010101u); });
+  }
   // Bytes b and b + 1 of each lane, times 256, as 16-bit numbers.
   template <int b>
   static I upper_bytes(I a) {

@@ -8,7 +8,7 @@ import pytest
 
 from ktmoe import _ext
 
-ALL = ["amx", "avx512bf16", "avx512vnni", "avx512", "avx2", "portable"]
+ALL = ["amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "portable"]
 UNFORCED = [level["name"] for level in _ext.cpu_report()["isa_levels"] if level["supported"]]
 
 

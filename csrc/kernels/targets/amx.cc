@@ -1,6 +1,7 @@
 // Kernels for AMX (bf16 and int8 tiles) with AVX-512 VNNI beside it for one or two rows and for everything elementwise.
 #include <immintrin.h>
 
+#include <bit>
 #include <initializer_list>
 #include <limits>
 #include <type_traits>

@@ -1,6 +1,7 @@
 // Kernels for AVX2 + FMA. Standard headers come before the target region: code outside it must run on any x86-64.
 #include <immintrin.h>
 
+#include <bit>
 #include <initializer_list>
 #include <limits>
 #include <type_traits>

@@ -1,6 +1,7 @@
 // Kernels for AVX-512 (F, BW, DQ, VL).
 #include <immintrin.h>
 
+#include <bit>
 #include <initializer_list>
 #include <limits>
 #include <type_traits>

@@ -1,6 +1,7 @@
 // Kernels for AVX-512 with VNNI, VBMI and BF16.
 #include <immintrin.h>
 
+#include <bit>
 #include <initializer_list>
 #include <limits>
 #include <type_traits>

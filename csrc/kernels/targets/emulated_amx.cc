@@ -1,4 +1,5 @@
 // For tests on hosts without AMX: the tile algorithm and its operands on software tiles and portable vectors. Never chosen by itself.
+#include <bit>
 #include <initializer_list>
 #include <limits>
 #include <type_traits>

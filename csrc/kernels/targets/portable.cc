@@ -1,4 +1,5 @@
 // Kernels for any CPU.
+#include <bit>
 #include <initializer_list>
 #include <limits>
 #include <type_traits>
