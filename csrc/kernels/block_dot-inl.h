@@ -18,12 +18,14 @@ struct BlockLevels {
     return Int8Dot<V>::unsigned_weights ? 128 : 0;
   }();
 
-  // For R rows, 0 for any number. A few leave asking for whole bytes to the hardware, and are faster with less ahead in the large tiles of
-  // K-quants.
+  static constexpr int kAsked = -1;
+  // For R rows, 0 for any number, kAsked if this has been done. A few leave asking for whole bytes to the hardware, and are faster with
+  // less ahead in the large tiles of K-quants.
   template <int R>
   static inline __attribute__((always_inline)) void ask(const std::byte* at) {
     constexpr bool kFew = R && R < V::kAskRows;
-    ask_ahead<V, kFew && Fmt::bits == 8 ? Ask::in_halves : Ask::always, kFew && Fmt::k_step == 256 ? V::kAhead / 2 : V::kAhead>(at);
+    if constexpr (R != kAsked)
+      ask_ahead<V, kFew && Fmt::bits == 8 ? Ask::in_halves : Ask::always, kFew && Fmt::k_step == 256 ? V::kAhead / 2 : V::kAhead>(at);
   }
 
   struct Pair {
@@ -108,6 +110,7 @@ struct BlockDot {
   using Scales = typename BlockWeights<V, Fmt>::Scales;
   using Levels = BlockLevels<V, Fmt>;
   using Operand = BlockOperand<V, Fmt>;
+  static constexpr int kAsked = Levels::kAsked;
   static constexpr int kMostRows = 16;  // more rows pay for unpacking the weights, and their activations stay exact
 
   static std::size_t bytes(int m, int padded) { return Operand::bytes(m, padded); }
@@ -137,23 +140,21 @@ struct BlockDot {
       for (int r = 0; r < rows; ++r) sum[t][r] = accumulate ? V::load(c + r * ldc + 16 * t) : V::set(0.0f);
     for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += kSpans * Operand::kQuads * rows, own += kSpans * Operand::kOwn * rows)
       if constexpr (kBothTiles) {
-        for (int t = 0; t < 2; ++t) ask_scales<R>(panel + t * kTile);
-        for (int span = 0; span < kSpans; ++span)
+        for (int span = 0; span < kSpans; ++span) {
+          constexpr int kLines = 2 * Fmt::rows;  // asked for in the order of memory, a part with each span
+          for (int line = kLines * span / kSpans; line < kLines * (span + 1) / kSpans; ++line) Levels::template ask<R>(panel + 64 * line);
           add_both(panel, span, x + span * Operand::kQuads * rows, own + span * Operand::kOwn * rows, rows, sum);
+        }
       } else {
         in_tiles<V, kSpans, true>([&](auto t, int span) __attribute__((always_inline)) {
           const std::byte* tile = panel + t * kTile;
-          if (span == 0) ask_scales<R>(tile);
+          if (span == 0)
+            for (int row = 0; row < Fmt::scale_rows; ++row) Levels::template ask<R>(tile + kRowBytes * row);
           add_span<R>(tile, span, x + span * Operand::kQuads * rows, own + span * Operand::kOwn * rows, rows, sum[t]);
         });
       }
     for (int t = 0; t < 2; ++t)
       for (int r = 0; r < rows; ++r) V::store(c + r * ldc + 16 * t, sum[t][r]);
-  }
-
-  template <int R>
-  static inline __attribute__((always_inline)) void ask_scales(const std::byte* tile) {
-    for (int row = 0; row < Fmt::scale_rows; ++row) Levels::template ask<R>(tile + kRowBytes * row);
   }
 
   // The rows pass by 16 k of a tile, then by the other 16.
@@ -188,8 +189,8 @@ struct BlockDot {
                                                              const std::uint32_t* own, int rows, F (&sum)[2][kMostRows]) {
     const std::byte* tile[2] = {panel, panel + Fmt::rows * kRowBytes};
     const Scales scales[2] = {BlockWeights<V, Fmt>::scales(tile[0], span), BlockWeights<V, Fmt>::scales(tile[1], span)};
-    const Quads a[2] = {quads<0, 0>(tile[0], span), quads<0, 0>(tile[1], span)};
-    const Quads b[2] = {quads<1, 0>(tile[0], span), quads<1, 0>(tile[1], span)};
+    const Quads a[2] = {quads<0, kAsked>(tile[0], span), quads<0, kAsked>(tile[1], span)};
+    const Quads b[2] = {quads<1, kAsked>(tile[0], span), quads<1, kAsked>(tile[1], span)};
     for (int r = 0; r < rows; ++r, x += Operand::kQuads, own += Operand::kOwn) {
       I first[2] = {start<0>(own), start<0>(own)}, second[2] = {start<1>(own), start<1>(own)};
       add_products(first, a, x);
