@@ -111,13 +111,15 @@ struct BlockDot {
   using Levels = BlockLevels<V, Fmt>;
   using Operand = BlockOperand<V, Fmt>;
   static constexpr int kAsked = Levels::kAsked;
-  static constexpr int kMostRows = 16;  // more rows pay for unpacking the weights, and their activations stay exact
+  // More rows pay for unpacking the weights, and their activations stay exact. Plain loops multiply signed bytes slowly.
+  static constexpr int kMostRows = V::kPlainLoops && !Levels::kUnsigned && !V::kVnni ? 4 : 16;
 
   static std::size_t bytes(int m, int padded) { return Operand::bytes(m, padded); }
   static void pack(RowSource rows, int m, int k, int padded, std::byte* dst) { Operand::pack(rows, m, k, padded, dst); }
   static void panel(const std::byte* operand, int m, int /*padded*/, const std::byte* panel, int k_steps, float* c, std::ptrdiff_t ldc,
                     bool accumulate) {
-    const auto run_rows = m == 1 ? &run<1> : m == 2 ? &run<2> : &run<0>;
+    constexpr int kTwo = V::kPlainLoops ? 0 : 2;  // in plain loops a known number of rows above one gains nothing
+    const auto run_rows = m == 1 ? &run<1> : m == 2 ? &run<kTwo> : &run<0>;
     run_rows(panel, k_steps, operand, m, c, ldc, accumulate);
   }
 

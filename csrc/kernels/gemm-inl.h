@@ -13,9 +13,7 @@ struct VectorGemm {
   // What multiplies few rows of a block format (up to kMostRows).
   template <class Fmt>
   static auto few_blocks() {
-    if constexpr (V::kPlainLoops)
-      return PlainBlocks<V, Fmt>{};
-    else if constexpr (std::is_same_v<Fmt, Fp8Format>)
+    if constexpr (std::is_same_v<Fmt, Fp8Format>)
       return std::conditional_t<V::kBf16Pairs, Fp8Pairs<V>, RowGroups<Fp8Dot<V>>>{};
     else
       return BlockDot<V, Fmt>{};

@@ -187,6 +187,19 @@ struct Vec {
   static I mulhi16(I a, I b) {
     return each_halves(a, b, [](std::uint16_t x, std::uint16_t y) { return std::uint32_t{x} * y >> 16; });
   }
+  // Each byte, 0 .. 15, replaced by that entry of the table.
+  static I lookup_bytes(I index, const std::int8_t* table) {
+    std::int8_t bytes[64];
+    std::memcpy(bytes, &index, sizeof bytes);
+    for (std::int8_t& byte : bytes) byte = table[byte];
+    std::memcpy(&index, bytes, sizeof bytes);
+    return index;
+  }
+  // Two signed 16-bit numbers a lane.
+  template <int n>
+  static I sar16(I a) {
+    return each_halves(a, a, [](std::int16_t x, std::int16_t) { return x >> n; });
+  }
   // Byte b of each lane in both of its 16-bit halves.
   template <int b>
   static I spread(I a) {

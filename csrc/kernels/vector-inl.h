@@ -6,7 +6,6 @@
 #include "kernels/weight_order-inl.h"
 #include "kernels/row_groups-inl.h"
 #include "kernels/products-inl.h"
-#include "kernels/plain_blocks-inl.h"
 #include "kernels/block_dot-inl.h"
 #include "kernels/int4_dot-inl.h"
 #include "kernels/fp8_dot-inl.h"
