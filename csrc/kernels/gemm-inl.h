@@ -241,10 +241,8 @@ struct VectorGemm {
       for (int p = 0; p < n_panels; p += kPanels) {
         const int panels = n_panels - p < kPanels ? n_panels - p : kPanels;
         for (int i = 0; i < panels; ++i) {
-          alignas(64) std::byte rows[2][kTileBytes];
           ask_ahead(w, p + i, s);
-          for (int t = 0; t < 2; ++t) transposed_tile(w, p + i, t, s, rows[t]);
-          Products::template expand<kWords>(rows[0], rows[1], expanded + static_cast<std::size_t>(i) * kPanelBytes);
+          for (int t = 0; t < 2; ++t) expand<kWords>(w, p + i, t, s, expanded + static_cast<std::size_t>(i) * kPanelBytes);
         }
         mac_rows<V, typename Products::Cached>(expanded, kWords * kTileBytes, kTileBytes, kWords, kSteps * p, kSteps * panels,
                                                reinterpret_cast<const std::uint32_t*>(operand), grad_words(n_panels), m, planes,
@@ -275,13 +273,12 @@ struct VectorGemm {
       for (int at = 0; at < 2 * info.tile_bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
   }
 
-  static void transposed_tile(const PackedMatrix& w, int p, int t, int step, std::byte* rows) {
-    if (w.layout().format == w.layout().direct()) {
-      V::transpose16(w.tile(p, t, step), 64, rows);
-    } else {
-      Unpack<V>::tile(w, p, t, step, rows);
-      V::transpose16(rows, 64, rows);
-    }
+  template <int kWords>
+  static void expand(const PackedMatrix& w, int p, int t, int step, std::byte* dst) {
+    if (w.layout().format == w.layout().direct()) return Products::template expand<kWords>(w.tile(p, t, step), t, dst);
+    alignas(64) std::byte tile[kTileBytes];
+    Unpack<V>::tile(w, p, t, step, tile);
+    Products::template expand<kWords>(tile, t, dst);
   }
 
   template <int kWords>

@@ -4,7 +4,7 @@
 //   Stored        the Dot for bf16 tiles as they lie in memory
 //   Cached        the Dot for what `expand` and `outer_rows` make
 //   pack, pack_grad, pack_outer   operands: each_group<V::kRows> of rows (pack_outer: columns), each [word][row of the group]
-//   expand        a panel's k-step, transposed, for the way back
+//   expand        a tile, transposed, for the way back
 //   outer_rows    the rows of Q
 // Include inside the namespace of a level, after dot-inl.h and row_groups-inl.h.
 
@@ -68,11 +68,12 @@ struct Fp32Products {
     });
   }
 
-  // Transposed tiles a, b (rows of constant n, word j = word j of the tile) -> [tile][word part i][n][16 floats]: k = kWords * j + i.
+  // Tile t of a k-step -> [t][word part i][n][16 floats]: k = kWords * j + i.
   template <int kWords>
-  static void expand(const std::byte* a, const std::byte* b, std::byte* dst) {
-    expand_tile<kWords>(a, dst);
-    expand_tile<kWords>(b, dst + kWords * kTileBytes);
+  static void expand(const std::byte* tile, int t, std::byte* dst) {
+    alignas(64) std::byte rows[kTileBytes];  // of constant n, word j = word j of the tile
+    V::transpose16(tile, 64, rows);
+    expand_rows<kWords>(rows, dst + t * kWords * kTileBytes);
   }
 
   static void outer_rows(RowSource q, int m, std::ptrdiff_t column, std::byte* dst) {
@@ -82,7 +83,7 @@ struct Fp32Products {
 
  private:
   template <int kWords>
-  static void expand_tile(const std::byte* rows, std::byte* dst) {
+  static void expand_rows(const std::byte* rows, std::byte* dst) {
     constexpr int kPlane = kTileBytes / 4;
     for (int n = 0; n < 16; ++n) {
       const auto word = V::load_i(rows + 64 * n);
@@ -146,11 +147,12 @@ struct Bf16Products {
   static void pack(RowSource rows, int m, int columns, int padded, std::byte* dst) {
     interleave_groups<V>(m, padded / 2, dst, [&](int r, int i) { return load_pairs<V>(rows.row<bf16>(r), 32 * i, columns); });
   }
-  // Words are pairs of columns 16 apart in a panel: word 16p + j holds (dY[32p + j], dY[32p + 16 + j]).
+  // Words are pairs of consecutive columns.
   static void pack_grad(RowSource dy, const float* column_scale, int m, int columns, int padded, std::byte* dst) {
+    if (!column_scale) return pack(dy, m, columns, padded, dst);
     interleave_groups<V>(m, padded / 2, dst, [&](int r, int p) {
       const bf16* row = dy.row<bf16>(r);
-      return V::bf16_pairs(load_grad<V>(row, column_scale, 32 * p, columns), load_grad<V>(row, column_scale, 32 * p + 16, columns));
+      return V::bf16_row(load_grad<V>(row, column_scale, 32 * p, columns), load_grad<V>(row, column_scale, 32 * p + 16, columns));
     });
   }
   // [pair of rows of P][column of the group], rows padded to 32 with zeros.
@@ -162,10 +164,20 @@ struct Bf16Products {
     });
   }
 
-  // Transposed tiles a, b -> [word part i][n][16 pairs (a, b)].
+  // Tile t of a k-step -> [word part i][8 pairs of consecutive n of each tile][16 pairs]: k = kWords * j + i.
   template <int kWords>
-  static void expand(const std::byte* a, const std::byte* b, std::byte* dst) {
-    for (int row = 0; row < kTileBytes; row += 64) expand_lanes<V, kWords, kTileBytes>(a + row, b + row, dst + row);
+  static void expand(const std::byte* tile, int t, std::byte* dst) {
+    using I = typename V::I;
+    dst += t * kTileBytes / 2;
+    if constexpr (kWords == 2) {
+      I rows[16];
+      for (int j = 0; j < 16; ++j) rows[j] = V::cross_pairs(V::load_i(tile + 64 * j));  // words: pairs of even k, pairs of odd k
+      V::transpose16(rows, [dst](int i, I row) { V::store_i(dst + i % 2 * kTileBytes + i / 2 * 64, row); });
+    } else {
+      alignas(64) std::byte rows[kTileBytes];  // of constant n
+      V::transpose16(tile, 64, rows);
+      for (int pair = 0; pair < 8; ++pair) expand_lanes<V, kWords, kTileBytes>(rows + 128 * pair, rows + 128 * pair + 64, dst + 64 * pair);
+    }
   }
 
   static void outer_rows(RowSource q, int m, std::ptrdiff_t column, std::byte* dst) {

@@ -131,8 +131,14 @@ struct Vec {
   KTMOE_INLINE void transpose16(const void* src, std::ptrdiff_t stride, void* dst) {
     const auto* s = static_cast<const std::byte*>(src);
     auto* d = static_cast<std::byte*>(dst);
-    I r[16], t[16];
+    I r[16];
     for (int i = 0; i < 16; ++i) r[i] = load_i(s + i * stride);
+    transpose16(r, [d](int i, I row) { store_i(d + 64 * i, row); });
+  }
+  // use(j, word j of each of the rows) for all j.
+  template <class Use>
+  KTMOE_INLINE void transpose16(const I (&r)[16], Use use) {
+    I t[16];
     // Within each 128-bit lane: words, then pairs; afterwards t[4q + c] holds, in lane L, column 4L + c of rows 4q .. 4q + 3.
     for (int q = 0; q < 4; ++q) {
       const I a = _mm512_unpacklo_epi32(r[4 * q], r[4 * q + 1]), b = _mm512_unpackhi_epi32(r[4 * q], r[4 * q + 1]);
@@ -146,10 +152,10 @@ struct Vec {
     for (int c = 0; c < 4; ++c) {
       const I lo01 = _mm512_shuffle_i32x4(t[c], t[4 + c], 0x88), hi01 = _mm512_shuffle_i32x4(t[c], t[4 + c], 0xdd);
       const I lo23 = _mm512_shuffle_i32x4(t[8 + c], t[12 + c], 0x88), hi23 = _mm512_shuffle_i32x4(t[8 + c], t[12 + c], 0xdd);
-      store_i(d + 64 * (0 + c), _mm512_shuffle_i32x4(lo01, lo23, 0x88));
-      store_i(d + 64 * (4 + c), _mm512_shuffle_i32x4(hi01, hi23, 0x88));
-      store_i(d + 64 * (8 + c), _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
-      store_i(d + 64 * (12 + c), _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
+      use(0 + c, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
+      use(4 + c, _mm512_shuffle_i32x4(hi01, hi23, 0x88));
+      use(8 + c, _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
+      use(12 + c, _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
     }
   }
   KTMOE_INLINE void interleave(F even, F odd, F& lo, F& hi) {

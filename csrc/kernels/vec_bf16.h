@@ -14,6 +14,10 @@ struct Bf16Vec : VnniVec {
                                    17, 1, 16, 0);
     return _mm512_permutexvar_epi16(zip, reinterpret_cast<I>(_mm512_cvtne2ps_pbh(odd, even)));  // 16 of even, then 16 of odd
   }
+  // 32 consecutive numbers.
+  static inline __attribute__((always_inline)) I bf16_row(F first, F second) {
+    return reinterpret_cast<I>(_mm512_cvtne2ps_pbh(second, first));
+  }
   // 16-bit lanes 0, 1, 2, 3 of each 64 -> 0, 2, 1, 3.
   static inline __attribute__((always_inline)) I cross_pairs(I x) {
     const __m128i pick = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
