@@ -242,7 +242,7 @@ struct VectorGemm {
         const int panels = n_panels - p < kPanels ? n_panels - p : kPanels;
         for (int i = 0; i < panels; ++i) {
           ask_ahead(w, p + i, s);
-          for (int t = 0; t < 2; ++t) expand<kWords>(w, p + i, t, s, expanded + static_cast<std::size_t>(i) * kPanelBytes);
+          expand<kWords>(w, p + i, s, expanded + static_cast<std::size_t>(i) * kPanelBytes);
         }
         mac_rows<V, typename Products::Cached>(expanded, kWords * kTileBytes, kTileBytes, kWords, kSteps * p, kSteps * panels,
                                                reinterpret_cast<const std::uint32_t*>(operand), grad_words(n_panels), m, planes,
@@ -274,11 +274,11 @@ struct VectorGemm {
   }
 
   template <int kWords>
-  static void expand(const PackedMatrix& w, int p, int t, int step, std::byte* dst) {
-    if (w.layout().format == w.layout().direct()) return Products::template expand<kWords>(w.tile(p, t, step), t, dst);
-    alignas(64) std::byte tile[kTileBytes];
-    Unpack<V>::tile(w, p, t, step, tile);
-    Products::template expand<kWords>(tile, t, dst);
+  static void expand(const PackedMatrix& w, int p, int step, std::byte* dst) {
+    if (w.layout().format == w.layout().direct()) return Products::template expand<kWords>(w.tile(p, 0, step), w.tile(p, 1, step), dst);
+    alignas(64) std::byte tiles[2][kTileBytes];
+    for (int t = 0; t < 2; ++t) Unpack<V>::tile(w, p, t, step, tiles[t]);
+    Products::template expand<kWords>(tiles[0], tiles[1], dst);
   }
 
   template <int kWords>

@@ -4,7 +4,7 @@
 //   Stored        the Dot for bf16 tiles as they lie in memory
 //   Cached        the Dot for what `expand` and `outer_rows` make
 //   pack, pack_grad, pack_outer   operands: each_group<V::kRows> of rows (pack_outer: columns), each [word][row of the group]
-//   expand        a tile, transposed, for the way back
+//   expand        the two tiles of a k-step, transposed, for the way back
 //   outer_rows    the rows of Q
 // Include inside the namespace of a level, after dot-inl.h and row_groups-inl.h.
 
@@ -68,12 +68,13 @@ struct Fp32Products {
     });
   }
 
-  // Tile t of a k-step -> [t][word part i][n][16 floats]: k = kWords * j + i.
+  // Tiles a and b of a k-step -> [tile][word part i][n][16 floats]: k = kWords * j + i.
   template <int kWords>
-  static void expand(const std::byte* tile, int t, std::byte* dst) {
-    alignas(64) std::byte rows[kTileBytes];  // of constant n, word j = word j of the tile
-    V::transpose16(tile, 64, rows);
-    expand_rows<kWords>(rows, dst + t * kWords * kTileBytes);
+  static void expand(const std::byte* a, const std::byte* b, std::byte* dst) {
+    alignas(64) std::byte rows[2 * kTileBytes];  // of constant n, word j = word j of the tile
+    V::transpose16(a, 64, rows);
+    V::transpose16(b, 64, rows + kTileBytes);
+    for (int t = 0; t < 2; ++t) expand_rows<kWords>(rows + t * kTileBytes, dst + t * kWords * kTileBytes);
   }
 
   static void outer_rows(RowSource q, int m, std::ptrdiff_t column, std::byte* dst) {
@@ -164,19 +165,17 @@ struct Bf16Products {
     });
   }
 
-  // Tile t of a k-step -> [word part i][8 pairs of consecutive n of each tile][16 pairs]: k = kWords * j + i.
+  // Tiles a and b of a k-step -> [word part i][8 pairs of consecutive n of a, 8 of b][16 pairs]: k = kWords * j + i.
   template <int kWords>
-  static void expand(const std::byte* tile, int t, std::byte* dst) {
-    using I = typename V::I;
-    dst += t * kTileBytes / 2;
+  static void expand(const std::byte* a, const std::byte* b, std::byte* dst) {
     if constexpr (kWords == 2) {
-      I rows[16];
-      for (int j = 0; j < 16; ++j) rows[j] = V::cross_pairs(V::load_i(tile + 64 * j));  // words: pairs of even k, pairs of odd k
-      V::transpose16(rows, [dst](int i, I row) { V::store_i(dst + i % 2 * kTileBytes + i / 2 * 64, row); });
+      transpose_pairs(a, dst);
+      transpose_pairs(b, dst + kTileBytes / 2);
     } else {
-      alignas(64) std::byte rows[kTileBytes];  // of constant n
-      V::transpose16(tile, 64, rows);
-      for (int pair = 0; pair < 8; ++pair) expand_lanes<V, kWords, kTileBytes>(rows + 128 * pair, rows + 128 * pair + 64, dst + 64 * pair);
+      alignas(64) std::byte rows[2 * kTileBytes];  // of constant n
+      V::transpose16(a, 64, rows);
+      V::transpose16(b, 64, rows + kTileBytes);
+      for (int pair = 0; pair < 16; ++pair) expand_lanes<V, kWords, kTileBytes>(rows + 128 * pair, rows + 128 * pair + 64, dst + 64 * pair);
     }
   }
 
@@ -187,6 +186,11 @@ struct Bf16Products {
   }
 
  private:
+  static void transpose_pairs(const std::byte* tile, std::byte* dst) {
+    typename V::I rows[16];
+    for (int j = 0; j < 16; ++j) rows[j] = V::cross_pairs(V::load_i(tile + 64 * j));  // words: pairs of even k, pairs of odd k
+    V::transpose16(rows, [dst](int i, typename V::I row) { V::store_i(dst + i % 2 * kTileBytes + i / 2 * 64, row); });
+  }
   static std::uint32_t bits(const bf16* p, std::ptrdiff_t ld, int m, int t, int i) {
     return t < m ? std::uint32_t{reinterpret_cast<const std::uint16_t*>(p)[t * ld + i]} : 0;
   }
