@@ -15,7 +15,7 @@ struct BlockLevels {
   static constexpr int kZero = [] {
     if constexpr (kFromZero) return int{Fmt::zero};
     if (kUnsigned) return kShift ? 0 : kTwoScales ? 32 : 8;
-    return Int8Dot<V>::unsigned_weights ? 128 : 0;
+    return Int8Dot<V>::unsigned_weights ? 128 : 0;  // signed bytes, which VNNI takes as unsigned ones
   }();
 
   static constexpr int kAsked = -1;

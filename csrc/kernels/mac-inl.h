@@ -71,17 +71,16 @@ void mac_rows(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t til
   const std::size_t skip = static_cast<std::size_t>(first_step) * 16 * Dot::words;
   // Both tiles of a k-step in one pass, where the registers allow it or the weights come from memory for this pass alone.
   const bool wide = V::kTiles == 2 || m <= 2 || (Dot::streamed && V::kInOrder && m <= V::kRows);
+  constexpr bool kOrdered = Dot::streamed && V::kInOrder && V::kTiles == 2;  // whether the order depends on the passes at all
+  const bool once = !kOrdered || m <= V::kRows;
   for (int t = 0; t < n_tiles; t += wide ? 2 : 1)
     each_group<V::kRows>(m, [&](int r0, int rows) {
       const std::uint32_t* group = x + static_cast<std::size_t>(r0) * words_per_row + skip * static_cast<std::size_t>(rows);
       const std::byte* tile = w + t * tile_stride;
       float* dst = c + r0 * ldc + 16 * t;
-      auto run = for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 1, true>; });
-      if (wide && t + 1 < n_tiles) {
-        constexpr bool kOrdered = Dot::streamed && V::kInOrder && V::kTiles == 2;
-        run = for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 2, true>; });
-        if (kOrdered && m > V::kRows) run = for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 2, !kOrdered>; });
-      }
+      const auto run = !(wide && t + 1 < n_tiles) ? for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 1, true>; })
+                       : once                     ? for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 2, true>; })
+                                                  : for_rows<V::kRows>(rows, [](auto r) { return &mac<V, Dot, r, 2, !kOrdered>; });
       run(tile, step_stride, tile_stride, steps, group, dst, ldc, accumulate);
     });
 }
