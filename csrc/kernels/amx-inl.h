@@ -127,12 +127,23 @@ struct TileGemm {
       multiply<kInt8, UnpackedTiles>(operand, m, w, p0, p1, c, plus, keep, finished);
   }
 
-  // Work that is done between tile products: its pieces in even shares, one share a turn.
-  struct Shares {
-    int pieces = 0, turns = 1, done = 0, due = 0;
+  // How often multiply_steps calls between() while all blocks of m rows pass a step of two weight tiles.
+  static int turns_of_step(int m) { return ceil_div(m, 16) + 2 * ceil_div(m, 32); }
+
+  // Pieces of work that are done between tile products: spread over the turns that there are, early rather than late.
+  struct Pace {
+    static constexpr int kNever = std::numeric_limits<int>::max();
+    int pieces = 0, done = 0, at_once = 0, every = 0, wait = kNever;
+
+    Pace() = default;
+    Pace(int n, int turns) : pieces(n), at_once(ceil_div(n, turns)) {
+      if (n > 0) wait = every = n < turns ? turns / n : 1;
+    }
     template <class Piece>
     inline __attribute__((always_inline)) void turn(Piece piece) {
-      for (due += pieces; due >= turns; due -= turns) piece(done++);
+      if (--wait > 0) return;
+      for (int i = 0; i < at_once && done < pieces; ++i) piece(done++);
+      wait = done < pieces ? every : kNever;
     }
   };
 
@@ -147,54 +158,64 @@ struct TileGemm {
   struct StoredTiles {
     static constexpr int kVisitPanels = 1, kVisitSteps = 64;  // 128 KB
     const PackedMatrix& w;
-    int blocks;
-    const std::byte* line = nullptr;
+    const int blocks, lines;  // a turn asks for so many
+    const std::byte *line = nullptr, *end = nullptr;
 
-    StoredTiles(const PackedMatrix& matrix, int n_blocks) : w(matrix), blocks(n_blocks) {}
+    StoredTiles(const PackedMatrix& matrix, int m)
+        : w(matrix), blocks(ceil_div(m, 32)), lines(ceil_div(kPairBytes / 64, turns_of_step(m))) {}
     void first(const Visit&) {}
     const std::byte* at(const Visit& v, int) const { return w.tile(v.p, 0, v.s); }
-    int prepare(const Visit& now, const Visit& next) {  // how many pieces there are to do
-      const bool some = next.p < w.layout().n_panels;
-      line = blocks == 1 ? at(now, 0) + 8192 : some ? at(next, 0) : nullptr;
-      return blocks == 1 ? now.steps * kPieces : some ? next.steps * kPieces : 0;
+    void prepare(const Visit& now, const Visit& next) {
+      const bool some = blocks == 1 || next.p < w.layout().n_panels;
+      const Visit& asked = blocks == 1 ? now : next;
+      line = some ? at(asked, 0) + (blocks == 1 ? 8192 : 0) : nullptr;
+      end = some ? line + static_cast<std::ptrdiff_t>(asked.steps) * kPairBytes : nullptr;
     }
-    inline __attribute__((always_inline)) void piece() {
-      for (int i = 0; i < kPairBytes / kPieces; i += 64) {
+    // A line here and there: all of a step at once cost more, above all where the core's other hyperthread is at work.
+    inline __attribute__((always_inline)) void between() {
+      for (int i = lines; i > 0 && line != end; --i, line += 64) {
         if (blocks >= kSeldom)
-          __builtin_prefetch(line + i, 0, 3);
+          __builtin_prefetch(line, 0, 3);
         else
-          __builtin_prefetch(line + i, 0, 2);
+          __builtin_prefetch(line, 0, 2);
       }
-      line += kPairBytes / kPieces;
     }
+    void after() {}
     void turn() {}
 
    private:
-    static constexpr int kPieces = 4;  // of a step
-    static constexpr int kSeldom = 6;  // blocks
+    static constexpr int kSeldom = 4;  // blocks
   };
 
   // Tiles that are unpacked once for all rows, those of the next visit while this one is multiplied.
   struct UnpackedTiles {
     static constexpr int kVisitPanels = 2, kVisitSteps = 32;
     const PackedMatrix& w;
+    const int blocks;
+    Pace pace;
     Visit next{};
     int p = 0, s = 0, t = 0;  // the next piece: a tile
     std::byte* to = nullptr;
     bool odd = false;
     alignas(64) std::byte tiles[2][static_cast<std::size_t>(kVisitPanels) * kVisitSteps * kPairBytes];
 
-    UnpackedTiles(const PackedMatrix& matrix, int) : w(matrix) {}
+    UnpackedTiles(const PackedMatrix& matrix, int m) : w(matrix), blocks(ceil_div(m, 32)) {}
     void first(const Visit& v) {
-      for (int i = prepare(v, v); i > 0; --i) piece();
+      prepare(v, v);
+      for (int i = pace.pieces; i > 0; --i) piece();
       turn();
     }
     const std::byte* at(const Visit& v, int panel) const { return tiles[!odd] + panel * v.steps * kPairBytes; }
-    int prepare(const Visit&, const Visit& v) {
+    void prepare(const Visit& now, const Visit& v) {
       next = v, p = v.p, s = v.s, t = 0, to = tiles[odd];
-      return v.beyond ? 0 : v.panels * v.steps * 2;
+      pace = {v.beyond ? 0 : v.panels * v.steps * 2, blocks * now.panels * now.steps};
     }
-    inline __attribute__((always_inline)) void piece() {
+    void between() {}
+    // Loads that come soon after its stores would wait for them, hence not between loads.
+    inline __attribute__((always_inline)) void after() {
+      pace.turn([&](int) { piece(); });
+    }
+    void piece() {
       Unpack<V>::tile(w, p, t, s, to);
       to += kTileBytes;
       if ((t ^= 1)) return;
@@ -212,12 +233,12 @@ struct TileGemm {
     const float* more = nullptr;  // to be added, or null; its panels follow each other
     std::ptrdiff_t floats = 0;    // of c between panels
     int first_row = 0, rows = 0, at = 0, p = 0, p1 = 0;
-    Shares shares{};
+    Pace pace{};
 
-    void begin(float* blocks, std::ptrdiff_t between, const float* addend, int row, int n_rows, int panel, int panels, int steps) {
+    void begin(float* blocks, std::ptrdiff_t between, const float* addend, int row, int n_rows, int panel, int panels, int turns) {
       rest();
       c = blocks, more = addend, floats = between, first_row = row, rows = n_rows, at = 0, p = panel, p1 = panel + panels;
-      shares = {panels * ceil_div(n_rows, kRows), steps};
+      pace = {panels * ceil_div(n_rows, kRows), turns};
     }
     void slice() {
       take(rows - at < kRows ? rows - at : kRows);
@@ -228,8 +249,8 @@ struct TileGemm {
       at = 0, ++p, c += floats;
       if (more) more += 32 * kPanelColumns;
     }
-    inline __attribute__((always_inline)) void step() {
-      if (p < p1) shares.turn([&](int) { slice(); });
+    inline __attribute__((always_inline)) void between() {
+      pace.turn([&](int) { slice(); });
     }
     void rest() {
       for (; p < p1; next()) take(rows - at);
@@ -255,15 +276,21 @@ struct TileGemm {
       if (v.p + v.panels < p1) return visit_at(v.p + v.panels, v.s);
       return v.s + v.steps < steps ? visit_at(p0, v.s + v.steps) : visit_at(p1, 0);
     };
-    Weights weights(w, blocks);
+    Weights weights(w, m);
     Delivery<Finished> out{finished};
+    const auto between = [&] {
+      weights.between();
+      out.between();
+    };
+    const auto after_step = [&] { weights.after(); };
+    const Meanwhile<decltype(between), decltype(after_step)> meanwhile{between, after_step};
     int turn = 0;
     Visit visit = visit_at(p0, 0);
     weights.first(visit);
     for (; !visit.beyond; weights.turn()) {
       const Visit next = after(visit);
       const bool last = visit.s + visit.steps == steps, through_ring = last && !keep;
-      Shares ahead{weights.prepare(visit, next), blocks * visit.panels * visit.steps};
+      weights.prepare(visit, next);
       for (int block = 0; block < blocks; ++block) {
         turn ^= 1;
         float* area = c + (visit.p - p0) * c_floats + block * kBlock;
@@ -275,16 +302,14 @@ struct TileGemm {
           // What is added comes first, where sums can go on from it, or has sums of its own, which meet the others when they are finished.
           const Run run{a, weights.at(visit, i), visit.steps};
           const Run addend = plus && (kInt8 ? last : visit.s == 0) ? run_of(*plus, m, block, visit.p + i) : Run{};
-          block_product<kInt8>(tiles, kInt8 ? Run{} : addend, run, visit.s > 0 ? area + i * c_floats : nullptr, sums + i * floats, [&] {
-            ahead.turn([&](int) { weights.piece(); });
-            out.step();
-          });
+          block_product<kInt8>(tiles, kInt8 ? Run{} : addend, run, visit.s > 0 ? area + i * c_floats : nullptr, sums + i * floats,
+                               meanwhile);
           if constexpr (kInt8)
-            if (addend.n) block_product<false>(tiles, {}, addend, nullptr, more[turn] + i * kBlock, [] {});
+            if (addend.n) block_product<false>(tiles, {}, addend, nullptr, more[turn] + i * kBlock, Idle{});
         }
         if (last)
           out.begin(sums, floats, kInt8 && plus ? more[turn] : nullptr, 32 * block, m - 32 * block < 32 ? m - 32 * block : 32, visit.p,
-                    visit.panels, visit.panels * visit.steps);
+                    visit.panels, (tiles + 2) * visit.panels * visit.steps);
       }
       visit = next;
     }
@@ -301,26 +326,26 @@ struct TileGemm {
     return {plus.operand + tile_at(m, steps, 2 * block, 0), plus.w.panel(p), steps};
   }
 
-  // to = from (null: zero) + the product of `before`, in bf16, + that of `run`, with one or two tiles of rows. meanwhile: called once a
-  // step of `run`.
-  template <bool kInt8, class Meanwhile>
+  // to = from (null: zero) + the product of `before`, in bf16, + that of `run`, with one or two tiles of rows. meanwhile: while
+  // `run` is multiplied.
+  template <bool kInt8, class M>
   static inline __attribute__((always_inline)) void block_product(int tiles, const Run& before, const Run& run, const float* from,
-                                                                  float* to, Meanwhile meanwhile) {
+                                                                  float* to, M meanwhile) {
     if (tiles == 2)
       row_product<kInt8, 2>(before, run, from, to, meanwhile);
     else
       row_product<kInt8, 1>(before, run, from, to, meanwhile);
   }
-  template <bool kInt8, int kA, class Meanwhile>
+  template <bool kInt8, int kA, class M>
   static inline __attribute__((always_inline)) void row_product(const Run& before, const Run& run, const float* from, float* to,
-                                                                Meanwhile meanwhile) {
+                                                                M meanwhile) {
     constexpr std::ptrdiff_t kNextRows = 16 * kPanelColumns, kNextColumns = 16;
     if (from)
       load_sums<kA, 2>({const_cast<float*>(from), kNextRows, kNextColumns, kPanelColumns});
     else
       zero_sums<kA, 2>();
     if constexpr (!kInt8)
-      multiply_steps<false, kA, 2, true>(before.a, kA * kTileBytes, kTileBytes, before.b, kPairBytes, kTileBytes, before.n, [] {});
+      multiply_steps<false, kA, 2, true>(before.a, kA * kTileBytes, kTileBytes, before.b, kPairBytes, kTileBytes, before.n, Idle{});
     multiply_steps<kInt8, kA, 2, true>(run.a, kA * kTileBytes, kTileBytes, run.b, kPairBytes, kTileBytes, run.n, meanwhile);
     store_sums<kA, 2>({to, kNextRows, kNextColumns, kPanelColumns});
   }
@@ -355,22 +380,41 @@ struct TileGemm {
     if constexpr (kA == 2 && kB == 2) T::template store<3>(at.c + at.a + at.b, 4 * at.ld);
   }
 
-  // Sums += A B over n steps, for kA A tiles and kB B tiles; B streams, A does (kStreamA) or is used again from L1. meanwhile() is work for
-  // the rest of the core, which has 16 cycles for each product. It comes after the step's loads, so that they never wait for its stores.
-  template <bool kInt8, int kA, int kB, bool kStreamA, class Meanwhile>
+  // Work for the rest of the core while tiles are multiplied, 16 cycles each: between() comes after each of a step's kA + kB loads, after()
+  // at the end of a step.
+  template <class Between, class After>
+  struct Meanwhile {
+    Between between;
+    After after;
+  };
+  struct Nothing {
+    void operator()() const {}
+  };
+  using Idle = Meanwhile<Nothing, Nothing>;
+
+  // Sums += A B over n steps, for kA A tiles and kB B tiles; B streams, A does (kStreamA) or is used again from L1.
+  template <bool kInt8, int kA, int kB, bool kStreamA, class M>
   static inline __attribute__((always_inline)) void multiply_steps(const std::byte* a, std::ptrdiff_t a_step, std::ptrdiff_t a_tile,
                                                                    const std::byte* b, std::ptrdiff_t b_step, std::ptrdiff_t b_tile, int n,
-                                                                   Meanwhile meanwhile) {
+                                                                   M meanwhile) {
     for (int s = 0; s < n; ++s, a += a_step, b += b_step) {
       T::template load_streamed<6>(b, 64);
+      meanwhile.between();
       load_tile<4, kStreamA>(a);
+      meanwhile.between();
       T::template multiply<kInt8, 0, 4, 6>();
-      if constexpr (kA == 2) load_tile<5, kStreamA>(a + a_tile);
-      if constexpr (kA == 2) T::template multiply<kInt8, 2, 5, 6>();
-      if constexpr (kB == 2) T::template load_streamed<7>(b + b_tile, 64);
-      if constexpr (kA == 2 && kB == 2) T::template multiply<kInt8, 3, 5, 7>();
-      if constexpr (kB == 2) T::template multiply<kInt8, 1, 4, 7>();
-      meanwhile();
+      if constexpr (kA == 2) {
+        load_tile<5, kStreamA>(a + a_tile);
+        meanwhile.between();
+        T::template multiply<kInt8, 2, 5, 6>();
+      }
+      if constexpr (kB == 2) {
+        T::template load_streamed<7>(b + b_tile, 64);
+        meanwhile.between();
+        if constexpr (kA == 2) T::template multiply<kInt8, 3, 5, 7>();
+        T::template multiply<kInt8, 1, 4, 7>();
+      }
+      meanwhile.after();
     }
   }
 
@@ -460,7 +504,7 @@ struct TileGemm {
     static constexpr int kBufferBytes = round_up(most_panels(kMaxTiles / 2) * kPairBytes, 4096);
     static constexpr int kHalves = kWords / 2;             // C blocks of a direct tile: rows 8h .. 8h + 7 of an int8 one
     static constexpr int kUnpackPieces = kStored ? 0 : 2;  // the tiles of a pair
-    static constexpr int kExpandPieces = kWords;           // 64 or 80 vector instructions each
+    static constexpr int kExpandPieces = 4;                // 32 or 80 vector instructions each
     static constexpr int kPieces = kUnpackPieces + kExpandPieces;
     static constexpr int kTransposePieces = 4;  // of a block of sums: its tiles
     static constexpr int kSum = 256, kNextK = kMaxTiles * kSum;
@@ -476,13 +520,14 @@ struct TileGemm {
     }
 
     void multiply(const Round& now, const Round& next) {
-      const int turns = blocks_ * now.panels;
-      Shares expansion{kPieces * next.panels, turns};
-      Shares transposition{now.index == 0 && now.c_block > 0 ? kTransposePieces * blocks_ : 0, turns};
-      const auto meanwhile = [&] {
+      const int turns = turns_of_step(m_) * now.panels;
+      Pace expansion{kPieces * next.panels, turns};
+      Pace transposition{now.index == 0 && now.c_block > 0 ? kTransposePieces * blocks_ : 0, turns};
+      const auto between = [&] {
         expansion.turn([&](int i) { expand(next, i); });
         transposition.turn([&](int i) { transpose(now.c_block - 1, i); });
       };
+      const Meanwhile<decltype(between), Nothing> meanwhile{between, {}};
       for (int i = 0; i < blocks_; ++i) {
         const int block = now.index % 2 ? blocks_ - 1 - i : i;
         const bool first = i == 0, last = i + 1 == blocks_;
@@ -494,8 +539,8 @@ struct TileGemm {
     }
 
     // Two k tiles (A) x one or two row tiles (B, streamed); first, last: of the round.
-    template <int kB, class Meanwhile>
-    void multiply_block(const Round& now, int block, bool first, bool last, Meanwhile meanwhile) {
+    template <int kB, class M>
+    void multiply_block(const Round& now, int block, bool first, bool last, M meanwhile) {
       const Sums sums{sums_ + 2 * block * kSum, kNextK, kSum, 16};
       if (now.index == 0)
         zero_sums<2, kB>();
@@ -623,7 +668,7 @@ struct TileGemm {
                           std::ptrdiff_t ld_out, bool accumulate) {
     alignas(64) float sums[kA * 16][kB * 16];
     zero_sums<kA, kB>();
-    multiply_steps<false, kA, kB, false>(a, kTileBytes, steps * kTileBytes, b, kTileBytes, b_tile, steps, [] {});
+    multiply_steps<false, kA, kB, false>(a, kTileBytes, steps * kTileBytes, b, kTileBytes, b_tile, steps, Idle{});
     store_sums<kA, kB>({sums[0], kB * 256, 16, kB * 16});
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < kB * 16; j += 16) {
