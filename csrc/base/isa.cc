@@ -102,7 +102,7 @@ const Probe& host() {
 std::vector<const char*> needs(Isa isa) {
   switch (isa) {
     case Isa::amx:
-      return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni", "amx_tile", "amx_bf16", "amx_int8"};
+      return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi", "avx512bf16", "amx_tile", "amx_bf16", "amx_int8"};
     case Isa::avx512bf16:
       return {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi", "avx512bf16"};
     case Isa::avx512vnni:

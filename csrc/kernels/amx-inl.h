@@ -42,8 +42,10 @@ struct TileGemm {
   static int few_rows(WeightFormat format) {
     const FormatInfo& info = format_info(format);
     if (info.direct == format) return 0;
-    return format == WeightFormat::int4 || format == WeightFormat::fp8 ? 8 : 16;
+    return format == WeightFormat::fp8 ? 4 : format == WeightFormat::int4 ? 8 : 16;
   }
+  // More than a few rows of FP8, as long as scaling their sums takes less than scaling the weights.
+  static bool as_fp8(WeightFormat format, int m) { return format == WeightFormat::fp8 && m > few_rows(format) && m <= 96; }
   static std::size_t operand_bytes(WeightFormat format, int m, int k) {
     if (m <= few_rows(format)) return Vector::operand_bytes(format, m, k);
     return tiled_bytes(m, direct_steps_of(format, k)) + (Vector::int8_products(format) ? static_cast<std::size_t>(m) * 4 : 0);
@@ -56,6 +58,8 @@ struct TileGemm {
   static void pack_operand(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, std::byte* dst) {
     if (m <= few_rows(format)) return Vector::pack_operand(format, rows, row_scale, m, k, dst);
     const int k_step = format_info(format_info(format).direct).k_step, steps = direct_steps_of(format, k), element = 64 / k_step;
+    const bool crossed = as_fp8(format, m);
+    const auto in_order = [&](typename V::I x) { return crossed ? V::cross_pairs(x) : x; };
     for (int r = 0; r < round_up(m, 16); ++r) {
       std::byte* out = dst + tile_at(m, steps, r / 16, 0) + 64 * (r % 16);
       const std::ptrdiff_t next = block_tiles(m, r / 32) * kTileBytes;
@@ -69,11 +73,16 @@ struct TileGemm {
         const std::ptrdiff_t to_next = row_at(r + 1 < m ? r + 1 : r) - row;  // asked for, as rows lie anywhere
         for (; left >= 64; ++s, left -= 64, row += 64, out += next) {
           __builtin_prefetch(row + to_next);
-          V::store_i(out, V::load_i(row));
+          V::store_i(out, in_order(V::load_i(row)));
         }
-        if (left > 0) std::memcpy(out, row, static_cast<std::size_t>(left));
+        if (left > 0) {
+          alignas(64) std::byte tail[64] = {};
+          std::memcpy(tail, row, static_cast<std::size_t>(left));
+          V::store_i(out, in_order(V::load_i(tail)));
+          ++s, out += next;
+        }
       }
-      for (; s < steps; ++s, left = 0, out += next) std::memset(out + left, 0, static_cast<std::size_t>(64 - left));
+      for (; s < steps; ++s, out += next) std::memset(out, 0, 64);
     }
     if (!Vector::int8_products(format)) return;
     auto* scale = reinterpret_cast<float*>(dst + tiled_bytes(m, steps));
@@ -97,6 +106,7 @@ struct TileGemm {
       const auto finished = [&](float* at, const float*, int row, int rows, int p) {
         if (epilogue) epilogue->take(epilogue->context, at, row, rows, p);
       };
+      if (as_fp8(l.format, m)) return Fp8Tiles<V, TileGemm>::multiply(operand, m, w, p0, p1, c, plus, finished);
       multiply<false>(operand, m, w, p0, p1, c, plus, !epilogue, finished);
     }
   }

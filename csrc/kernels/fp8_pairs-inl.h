@@ -22,6 +22,30 @@ struct Fp8Halves {
 };
 inline constexpr Fp8Halves kFp8Upper(true), kFp8Lower(false);
 
+// A row of tile, 4 consecutive k of 16 columns, as bf16 pairs (k, k + 2) and (k + 1, k + 3) of e4m3(code) * 2^-16.
+template <class V>
+struct Fp8Codes {
+  using I = typename V::I;
+  I even, odd;
+  explicit inline __attribute__((always_inline)) Fp8Codes(const std::byte* at) {
+    ask_ahead<V, Ask::always>(at);
+    const I codes = V::load_i(at);
+    const I lower = V::lookup_bytes128(codes, kFp8Lower.at);
+    const I upper = V::or_i(V::lookup_bytes128(codes, kFp8Upper.at), V::and_i(codes, static_cast<std::int32_t>(0x80808080u)));
+    even = V::or_i(V::template shl16<8>(upper), V::and_i(lower, 0x00ff00ff));
+    odd = V::or_i(V::and_i(upper, static_cast<std::int32_t>(0xff00ff00u)), V::template shr16<8>(lower));
+  }
+};
+
+// What sums of 128 k over Fp8Codes still have to be multiplied by, and how they get there.
+template <class V>
+struct Fp8Scale {
+  using F = typename V::F;
+  F scale;
+  explicit Fp8Scale(const std::byte* tile) : scale(V::mul(V::load(reinterpret_cast<const float*>(tile)), V::set(0x1p-104f))) {}
+  void add(F sum, float* c, bool accumulate) const { V::store(c, accumulate ? V::fma(scale, sum, V::load(c)) : V::mul(scale, sum)); }
+};
+
 template <class V>
 struct Fp8Pairs {
   using F = typename V::F;
@@ -63,7 +87,8 @@ struct Fp8Pairs {
           add_codes<R, 0>(row, x + 4 * pair * R, sum);
           add_codes<R, 2>(row + kRowBytes, x + (4 * pair + 2) * R, sum);
         }
-        for (int r = 0; r < R; ++r) add_scaled(scale_of(panel), total<kSums<R>, R>(sum, r), c + r * ldc + 16 * t, s > 0 || accumulate);
+        const Fp8Scale<V> scale(panel);
+        for (int r = 0; r < R; ++r) scale.add(total<kSums<R>, R>(sum, r), c + r * ldc + 16 * t, s > 0 || accumulate);
       }
   }
 
@@ -75,16 +100,15 @@ struct Fp8Pairs {
     for (int s = 0; s < k_steps; ++s, panel += 2 * kTile) {
       for (int t = 0; t < 2; ++t)
         for (int row = 0; row < kCodeRows; ++row) {
-          const Codes pairs(panel + t * kTile + (Fp8Format::scale_rows + row) * kRowBytes);
+          const Fp8Codes<V> pairs(panel + t * kTile + (Fp8Format::scale_rows + row) * kRowBytes);
           V::store_i(tiles[t] + 2 * row * kRowBytes, pairs.even);
           V::store_i(tiles[t] + (2 * row + 1) * kRowBytes, pairs.odd);
         }
       mac_rows<V, InCache<Bf16PairDot<V>>>(tiles[0], kTileBytes, sizeof tiles[0], 2, kSteps * s, kSteps, x,
                                            static_cast<std::size_t>(k_steps) * kStepWords, m, sums, kPanelColumns, false);
-      const F scale[2] = {scale_of(panel), scale_of(panel + kTile)};
+      const Fp8Scale<V> scale[2] = {Fp8Scale<V>(panel), Fp8Scale<V>(panel + kTile)};
       for (int r = 0; r < m; ++r)
-        for (int t = 0; t < 2; ++t)
-          add_scaled(scale[t], V::load(sums + r * kPanelColumns + 16 * t), c + r * ldc + 16 * t, s > 0 || accumulate);
+        for (int t = 0; t < 2; ++t) scale[t].add(V::load(sums + r * kPanelColumns + 16 * t), c + r * ldc + 16 * t, s > 0 || accumulate);
     }
   }
 
@@ -99,28 +123,10 @@ struct Fp8Pairs {
     else
       return n == 2 ? V::add(sum[0][r], sum[n - 1][r]) : sum[0][r];
   }
-  static F scale_of(const std::byte* tile) { return V::mul(V::load(reinterpret_cast<const float*>(tile)), V::set(0x1p-104f)); }
-  static void add_scaled(F scale, F sum, float* c, bool accumulate) {
-    V::store(c, accumulate ? V::fma(scale, sum, V::load(c)) : V::mul(scale, sum));
-  }
-
-  // A row of tile, 4 consecutive k of 16 columns, as bf16 pairs (k, k + 2) and (k + 1, k + 3).
-  struct Codes {
-    I even, odd;
-    explicit inline __attribute__((always_inline)) Codes(const std::byte* at) {
-      ask_ahead<V, Ask::always>(at);
-      const I codes = V::load_i(at);
-      const I lower = V::lookup_bytes128(codes, kFp8Lower.at);
-      const I upper = V::or_i(V::lookup_bytes128(codes, kFp8Upper.at), V::and_i(codes, static_cast<std::int32_t>(0x80808080u)));
-      even = V::or_i(V::template shl16<8>(upper), V::and_i(lower, 0x00ff00ff));
-      odd = V::or_i(V::and_i(upper, static_cast<std::int32_t>(0xff00ff00u)), V::template shr16<8>(lower));
-    }
-  };
-
   // first: of the two sums that a row of tile goes to.
   template <int R, int first, int n>
   static inline __attribute__((always_inline)) void add_codes(const std::byte* at, const std::uint32_t* x, F (&sum)[n][R]) {
-    const Codes pairs(at);
+    const Fp8Codes<V> pairs(at);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       F &a = sum[first % n][r], &b = sum[(first + 1) % n][r];

@@ -10,21 +10,23 @@
 #include "kernels/kernel_api.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,prefer-vector-width=512")
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12: its own _mm512_undefined_*
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
 namespace ktmoe {
 namespace amx {
+// clang-format off: each part needs the ones before it
 #include "kernels/vec_avx512.h"
 #include "kernels/vec_vnni.h"
+#include "kernels/vec_bf16.h"
 #include "kernels/vector-inl.h"
-// clang-format off: it needs the ones before it
 #include "kernels/tiles_hardware.h"
+#include "kernels/amx_fp8-inl.h"
 #include "kernels/amx-inl.h"
 // clang-format on
-using Gemm = TileGemm<VnniVec, HardwareTiles, VectorGemm<VnniVec>>;
-constexpr KernelTable table = make_table<Gemm, VnniVec>(Isa::amx, 16 * Gemm::kMaxTiles);
+using Gemm = TileGemm<RoundingVec, HardwareTiles, VectorGemm<RoundingVec>>;
+constexpr KernelTable table = make_table<Gemm, RoundingVec>(Isa::amx, 16 * Gemm::kMaxTiles);
 }  // namespace amx
 }  // namespace ktmoe
 

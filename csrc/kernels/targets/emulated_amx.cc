@@ -14,6 +14,7 @@ namespace emulated_amx {
 #include "kernels/vec_emulated.h"
 #include "kernels/vector-inl.h"
 #include "kernels/tiles_software.h"
+#include "kernels/amx_fp8-inl.h"
 #include "kernels/amx-inl.h"
 // clang-format on
 using Gemm = TileGemm<EmulatedVec, SoftwareTiles, VectorGemm<EmulatedVec>>;
