@@ -143,20 +143,29 @@ struct BlockDot {
     for (int s = 0; s < k_steps; ++s, panel += 2 * kTile, x += kSpans * Operand::kQuads * rows, own += kSpans * Operand::kOwn * rows)
       if constexpr (kBothTiles) {
         for (int span = 0; span < kSpans; ++span) {
-          constexpr int kLines = 2 * Fmt::rows;  // asked for in the order of memory, a part with each span
-          for (int line = kLines * span / kSpans; line < kLines * (span + 1) / kSpans; ++line) Levels::template ask<R>(panel + 64 * line);
+          if constexpr (V::kInOrder) {  // a part of the lines with each span
+            constexpr int kLines = 2 * Fmt::rows;
+            for (int line = kLines * span / kSpans; line < kLines * (span + 1) / kSpans; ++line) Levels::template ask<R>(panel + 64 * line);
+          } else if (span == 0) {
+            ask_scales<R>(panel);
+            ask_scales<R>(panel + kTile);
+          }
           add_both(panel, span, x + span * Operand::kQuads * rows, own + span * Operand::kOwn * rows, rows, sum);
         }
       } else {
         in_tiles<V, kSpans, true>([&](auto t, int span) __attribute__((always_inline)) {
           const std::byte* tile = panel + t * kTile;
-          if (span == 0)
-            for (int row = 0; row < Fmt::scale_rows; ++row) Levels::template ask<R>(tile + kRowBytes * row);
+          if (span == 0) ask_scales<R>(tile);
           add_span<R>(tile, span, x + span * Operand::kQuads * rows, own + span * Operand::kOwn * rows, rows, sum[t]);
         });
       }
     for (int t = 0; t < 2; ++t)
       for (int r = 0; r < rows; ++r) V::store(c + r * ldc + 16 * t, sum[t][r]);
+  }
+
+  template <int R>
+  static inline __attribute__((always_inline)) void ask_scales(const std::byte* tile) {
+    for (int row = 0; row < Fmt::scale_rows; ++row) Levels::template ask<R>(tile + kRowBytes * row);
   }
 
   // The rows pass by 16 k of a tile, then by the other 16.
@@ -191,8 +200,9 @@ struct BlockDot {
                                                              const std::uint32_t* own, int rows, F (&sum)[2][kMostRows]) {
     const std::byte* tile[2] = {panel, panel + Fmt::rows * kRowBytes};
     const Scales scales[2] = {BlockWeights<V, Fmt>::scales(tile[0], span), BlockWeights<V, Fmt>::scales(tile[1], span)};
-    const Quads a[2] = {quads<0, kAsked>(tile[0], span), quads<0, kAsked>(tile[1], span)};
-    const Quads b[2] = {quads<1, kAsked>(tile[0], span), quads<1, kAsked>(tile[1], span)};
+    constexpr int R = V::kInOrder ? kAsked : 0;
+    const Quads a[2] = {quads<0, R>(tile[0], span), quads<0, R>(tile[1], span)};
+    const Quads b[2] = {quads<1, R>(tile[0], span), quads<1, R>(tile[1], span)};
     for (int r = 0; r < rows; ++r, x += Operand::kQuads, own += Operand::kOwn) {
       I first[2] = {start<0>(own), start<0>(own)}, second[2] = {start<1>(own), start<1>(own)};
       add_products(first, a, x);
