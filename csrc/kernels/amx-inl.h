@@ -44,8 +44,9 @@ struct TileGemm {
     if (info.direct == format) return 0;
     return format == WeightFormat::fp8 ? 4 : format == WeightFormat::int4 ? 8 : 16;
   }
-  // More than a few rows of FP8, as long as scaling their sums takes less than scaling the weights.
-  static bool as_fp8(WeightFormat format, int m) { return format == WeightFormat::fp8 && m > few_rows(format) && m <= 96; }
+  static bool as_fp8(WeightFormat format, int m) {
+    return format == WeightFormat::fp8 && m > few_rows(format) && m <= Fp8Tiles<V, TileGemm>::kMostRows;
+  }
   static std::size_t operand_bytes(WeightFormat format, int m, int k) {
     if (m <= few_rows(format)) return Vector::operand_bytes(format, m, k);
     return tiled_bytes(m, direct_steps_of(format, k)) + (Vector::int8_products(format) ? static_cast<std::size_t>(m) * 4 : 0);

@@ -6,6 +6,7 @@
 
 template <class V, class Gemm>  // Gemm: TileGemm
 struct Fp8Tiles {
+  static constexpr int kMostRows = 96;                   // for more, scaling the sums takes longer than scaling the weights
   static constexpr int kSteps = Fp8Format::k_step / 32;  // of tiles in a stored k-step
   static constexpr int kTile = Fp8Format::rows * kRowBytes, kCodeRows = Fp8Format::rows - Fp8Format::scale_rows;
   static constexpr int kBlock = 32 * kPanelColumns;
