@@ -53,13 +53,14 @@ struct Gguf4Bit {
 struct Q4_0Format : Gguf4Bit<64> {
   static constexpr const char* name = "q4_0";
   static constexpr bool from_floats = true;
+  static constexpr std::int8_t zero = 8;
   static constexpr RawPart parts[] = {{32, 18}};
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
-    return static_cast<float>(code(tile, column, k) - 8) * f16_scale(tile, column, k);
+    return static_cast<float>(code(tile, column, k) - zero) * f16_scale(tile, column, k);
   }
   static void decode(const RawBlock& src, int /*columns*/, float* w) {
-    decode_codes(src.part[0] + 2, f16_or_nan(src.part[0]), [](int q) { return q - 8; }, w);
+    decode_codes(src.part[0] + 2, f16_or_nan(src.part[0]), [](int q) { return q - zero; }, w);
   }
   static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) { return repack_f16(src, column, b, tile); }
 };

@@ -79,6 +79,7 @@ struct Q6KFormat {
   static constexpr bool from_floats = false;
   static constexpr int k_step = 256;
   static constexpr int scale_rows = 5, bits = 6, block = 256;
+  static constexpr std::int8_t zero = 32;
   static constexpr int high_row = scale_rows + 32;
   static constexpr int rows = high_row + 16;
   static constexpr bool int8_products = false;
@@ -90,7 +91,7 @@ struct Q6KFormat {
     const auto small = static_cast<std::int8_t>(tile_word(tile, 1 + g / 4, column)[g % 4]);
     const float scale = f16_to_float(load_as<std::uint16_t>(half_at(tile, 0, 0, column))) * static_cast<float>(small);
     const int q = get_field<4>(tile, scale_rows, column, k) | get_field<2>(tile, high_row, column, k) << 4;
-    return scale * static_cast<float>(q - 32);
+    return scale * static_cast<float>(q - zero);
   }
 
   // source: 128 bytes of low nibbles, 64 bytes of high bit pairs, 16 int8 scales, d
@@ -103,7 +104,7 @@ struct Q6KFormat {
       for (int j = 0; j < 16; ++j) {
         const int nibble = static_cast<int>(low[64 * half + i % 64 + j]) >> (i / 64 * 4) & 15;
         const int q = nibble | (static_cast<int>(high[32 * half + i % 32 + j]) >> (i / 32 * 2) & 3) << 4;
-        w[j] = scale * static_cast<float>(q - 32);
+        w[j] = scale * static_cast<float>(q - zero);
       }
     }
   }

@@ -18,13 +18,14 @@ struct Int4Group {
   static constexpr bool int8_products = false;
   static constexpr bool has_scales = false;
   static constexpr int scale_rows = 1, bits = 4, block = G;
+  static constexpr std::int8_t zero = 8;
   static constexpr RawPart parts[] = {{G, G / 2}, {G, 2}};
 
   static float dequantize(const std::byte* tile, int column, int k, float /*scale*/) {
-    return static_cast<float>(get_field<4>(tile, 1, column, k) - 8) * to_float(load_as<bf16>(half_at(tile, 0, k / G, column)));
+    return static_cast<float>(get_field<4>(tile, 1, column, k) - zero) * to_float(load_as<bf16>(half_at(tile, 0, k / G, column)));
   }
   static void decode(const RawBlock& src, int /*columns*/, float* w) {
-    decode_nibbles(src.part[0], G, 8, to_float(load_as<bf16>(src.part[1])), w);
+    decode_nibbles(src.part[0], G, zero, to_float(load_as<bf16>(src.part[1])), w);
   }
   static bool repack(const RawBlock& src, int column, int b, int /*columns*/, std::byte* tile) {
     if ((load_as<std::uint16_t>(src.part[1]) & 0x7f80) == 0x7f80) return false;

@@ -85,8 +85,8 @@ struct BlockWeights {
       s.scale[0] = s.scale[1] = kBf16 ? V::load_bf16(reinterpret_cast<const bf16*>(at)) : V::load_f16(at);
       if constexpr (requires { Fmt::zero_row; }) {
         s.shift = V::mul(s.scale[0], V::to_f(byte_at(V::load_i(tile_word(tile, Fmt::zero_row, 0)), 32 * span / Fmt::block)));
-      } else if constexpr (Fmt::bits == 4 && !HasLevels<Fmt>) {
-        s.shift = V::mul(s.scale[0], V::set(8.0f));
+      } else if constexpr (requires { Fmt::zero; }) {
+        s.shift = V::mul(s.scale[0], V::set(Fmt::zero));
       }
     }
     return s;
@@ -128,7 +128,8 @@ struct BlockWeights {
       const I high = V::load_i(levels + kRowBytes * (Fmt::high_row - Fmt::scale_rows + (Fmt::bits == 5 ? span : 2 * span + k / 16)));
       const I four = V::or_i(V::and_i(k % 2 ? V::template shr<4>(row) : row, 0x0f0f0f0f),
                              V::and_i(move_bit<V, field_shift<Fmt::bits - 4>(k) % 8, 4>(high), kHigh));
-      const F shift = Fmt::bits == 5 ? s.shift : V::mul(scale, V::set(32.0f));
+      F shift = s.shift;
+      if constexpr (requires { Fmt::zero; }) shift = V::mul(scale, V::set(Fmt::zero));  // of each 16 k
       return V::fma(top<k % 8 / 2>(four), V::mul(scale, V::set(0x1p-24f)), V::sub(V::set(0.0f), shift));
     } else if constexpr (HasLevels<Fmt>) {
       if constexpr (V::kFloatTables) {
