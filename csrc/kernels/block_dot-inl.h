@@ -11,7 +11,7 @@ struct BlockLevels {
   static constexpr bool kFromZero = HasLevels<Fmt> && requires { Fmt::zero; };
   static constexpr bool kUnsigned = Fmt::bits < 8 && (kFromZero || !HasLevels<Fmt>);  // 0 .. 63, which maddubs takes
   static constexpr bool kTwoScales = Fmt::bits == 6;                                  // one for each 16 k
-  static constexpr bool kShift = kUnsigned && (requires { Fmt::zero_row; } || (Fmt::k_step == 256 && !kTwoScales));
+  static constexpr bool kShift = kUnsigned && !requires { Fmt::zero; };
   static constexpr int kZero = [] {
     if constexpr (requires { Fmt::zero; }) return int{Fmt::zero};
     return !kUnsigned && Int8Dot<V>::unsigned_weights ? 128 : 0;  // signed bytes, which VNNI takes as unsigned ones
