@@ -44,6 +44,7 @@ struct TileGemm {
     if (info.direct == format) return 0;
     return format == WeightFormat::fp8 ? 4 : format == WeightFormat::int4 ? 8 : 16;
   }
+  // Whether Fp8Tiles multiplies them, and its operand is in order.
   static bool as_fp8(WeightFormat format, int m) {
     return format == WeightFormat::fp8 && m > few_rows(format) && m <= Fp8Tiles<V, TileGemm>::kMostRows;
   }
@@ -177,12 +178,13 @@ struct TileGemm {
     void first(const Visit&) {}
     const std::byte* at(const Visit& v, int) const { return w.tile(v.p, 0, v.s); }
     void prepare(const Visit& now, const Visit& next) {
-      const bool some = blocks == 1 || next.p < w.layout().n_panels;
       const Visit& asked = blocks == 1 ? now : next;
-      line = some ? at(asked, 0) + (blocks == 1 ? 8192 : 0) : nullptr;
-      end = some ? line + static_cast<std::ptrdiff_t>(asked.steps) * kPairBytes : nullptr;
+      line = end = nullptr;
+      if (asked.p >= w.layout().n_panels) return;
+      line = at(asked, 0) + (blocks == 1 ? 8192 : 0);
+      end = line + static_cast<std::ptrdiff_t>(asked.steps) * kPairBytes;
     }
-    // A line here and there: all of a step at once cost more, above all where the core's other hyperthread is at work.
+    // A line here and there: all of a step at once cost more, above all while the core is slow (see docs/performance.md).
     inline __attribute__((always_inline)) void between() {
       for (int i = lines; i > 0 && line != end; --i, line += 64) {
         if (blocks >= kSeldom)
@@ -294,7 +296,7 @@ struct TileGemm {
       out.between();
     };
     const auto after_step = [&] { weights.after(); };
-    const Meanwhile<decltype(between), decltype(after_step)> meanwhile{between, after_step};
+    const Meanwhile meanwhile{between, after_step};
     int turn = 0;
     Visit visit = visit_at(p0, 0);
     weights.first(visit);
@@ -538,7 +540,7 @@ struct TileGemm {
         expansion.turn([&](int i) { expand(next, i); });
         transposition.turn([&](int i) { transpose(now.c_block - 1, i); });
       };
-      const Meanwhile<decltype(between), Nothing> meanwhile{between, {}};
+      const Meanwhile meanwhile{between, Nothing{}};
       for (int i = 0; i < blocks_; ++i) {
         const int block = now.index % 2 ? blocks_ - 1 - i : i;
         const bool first = i == 0, last = i + 1 == blocks_;
