@@ -178,8 +178,6 @@ class BaseMoEWrapper(PackedWeights):
         WeightFileError if the files are missing, damaged or do not fit the layer, MemoryError if it clearly does not
         fit into memory, OSError if cpu_save cannot write; the layer is then not loaded.
         """
-        from .io.sources import open_source
-
         if not self.weight_path:
             raise ValueError("weight_path: got an empty path, expected the folder of the model's weight files")
         is_packed = is_packed_dir(self.weight_path)
@@ -187,9 +185,7 @@ class BaseMoEWrapper(PackedWeights):
         if packed is not None:
             self.load_packed(packed, physical_to_logical_map)
             return
-        shape = self.layer_idx, self.hidden_size, self.moe_intermediate_size
-        prefer_gguf = self._row.published == "gguf"
-        with open_source(self.weight_path, *shape, gated=self.gated, prefer_gguf=prefer_gguf) as source:
+        with self._open_source() as source:
             where = f"{self.weight_path}, layer {self.layer_idx}"
             if physical_to_logical_map is None and source.n_experts != self.num_experts:
                 raise WeightFileError(
@@ -205,6 +201,14 @@ class BaseMoEWrapper(PackedWeights):
                 )
             else:
                 self.load_experts(read, slots, progress, formats)
+
+    def _open_source(self) -> Source:
+        """This layer's experts in the weight files of `weight_path`."""
+        from .io.sources import open_source
+
+        shape = self.layer_idx, self.hidden_size, self.moe_intermediate_size
+        prefer_gguf = self._row.published == "gguf"
+        return open_source(self.weight_path, *shape, gated=self.gated, prefer_gguf=prefer_gguf)
 
     def load_weights_from_tensors(
         self,

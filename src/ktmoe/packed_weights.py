@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from .io.published import PublishedExpert
+    from .io.source import Source
 
 
 class PackedWeights:
@@ -38,6 +39,9 @@ class PackedWeights:
     if TYPE_CHECKING:  # of BaseMoEWrapper
 
         def __init__(self, config: MoEConfig, method: Method) -> None: ...
+        def _own_formats(self) -> tuple[str, str]: ...
+        def _formats_of(self, source: Source) -> tuple[str, str]: ...
+        def _open_source(self) -> Source: ...
         def _engine_layer(self, gate_up_format: str, down_format: str) -> _ext.MoeLayer: ...
         def _slots(self, mapping: Tensor | None, n_logical: int, source: str) -> list[tuple[int, int]]: ...
         def _loading(self, formats: tuple[str, str] | None = None) -> AbstractContextManager[None]: ...
@@ -123,7 +127,7 @@ class PackedWeights:
         return os.path.join(self.config.weight_path, f"ktmoe-{self.method}")
 
     def _kept_file(self) -> str | None:
-        """What cpu_save has kept of this layer, if it was made from the weight files that are there now."""
+        """What cpu_save has kept of this layer, if loading the weight files that are there now would make the same."""
         path = os.path.join(self._keep_folder, layer_file(self.config.layer_idx))
         if not os.path.exists(path):
             return None
@@ -135,7 +139,18 @@ class PackedWeights:
         current = info.layout_version == _ext.LAYOUT_VERSION and info.source == folder_fingerprint(
             self.config.weight_path
         )
-        return path if current else None
+        return path if current and self._would_make(info.gate_up_format, info.down_format) else None
+
+    def _would_make(self, gate_up_format: str, down_format: str) -> bool:
+        """False if weights were kept with another group_size or gguf_type, which count for files of plain floats."""
+        formats = gate_up_format, down_format
+        if not METHODS[self.method].published or formats == self._own_formats():
+            return True
+        try:
+            with self._open_source() as source:
+                return self._formats_of(source) == formats
+        except WeightFileError:  # kept of tensors: there are no files
+            return True
 
     def _load_and_keep(
         self,

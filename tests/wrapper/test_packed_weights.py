@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from ktmoe.packing import pack_layer
 
 SHAPE = ref.Shape()
 LAYER = 3  # of ref.make
+Params = dict[str, Any]
 METHODS = [*ref.INFERENCE, *ref.SFT]
 
 
@@ -93,6 +95,33 @@ def test_cpu_save_follows_the_source(checkpoint: Path, tmp_path: Path) -> None:
         wrapper = ref.make(SHAPE, "BF16", weight_path=checkpoint, cpu_save=cpu_save)
         wrapper.load_weights()
         assert torch.equal(run(wrapper), expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "second"),
+    [
+        ("RAWINT4", {"group_size": 32}, {"group_size": 64}),
+        ("AMXINT4_KGroup_SFT", {"zero_point": True}, {}),
+        ("LLAMAFILE", {"gguf_type": "Q8_0"}, {"gguf_type": "Q4_0"}),
+    ],
+    ids=str,
+)
+def test_cpu_save_follows_the_parameters(checkpoint: Path, method: str, first: Params, second: Params) -> None:
+    """What was kept in another format is not what these parameters ask for."""
+    ref.make(SHAPE, method, weight_path=checkpoint, cpu_save=True, **first).load_weights()
+    expected = run(ref.loaded(SHAPE, method, seed=LAYER, **second))
+    for cpu_save in (False, True, False):
+        wrapper = ref.make(SHAPE, method, weight_path=checkpoint, cpu_save=cpu_save, **second)
+        wrapper.load_weights()
+        assert torch.equal(run(wrapper), expected)
+
+
+def test_cpu_save_of_tensors_alone_is_used_whatever_the_parameters(tmp_path: Path) -> None:
+    kept = ref.make(SHAPE, "LLAMAFILE", weight_path=tmp_path, cpu_save=True, gguf_type="Q8_0")
+    kept.load_weights_from_tensors(*ref.weights(SHAPE))
+    wrapper = ref.make(SHAPE, "LLAMAFILE", weight_path=tmp_path)
+    wrapper.load_weights()
+    assert torch.equal(run(wrapper), run(kept))
 
 
 def test_cpu_save_with_a_damaged_file(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
