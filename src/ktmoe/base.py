@@ -102,11 +102,10 @@ class BaseMoEWrapper(PackedWeights):
     # --- formats --------------------------------------------------------------------------------------------------
     def _own_formats(self) -> tuple[str, str]:
         """Formats, as in `io.published`, in which bf16 weights are handed to the engine: gate/up and down."""
-        if self._row.published == "int4":
-            return (f"int4_g{self.config.group_size}{'z' if self.config.zero_point else ''}",) * 2
-        if self._row.published == "gguf":
-            return (self.config.gguf_type.lower(),) * 2
-        return ("fp8", "fp8") if self._row.published == "fp8" else ("bf16", "bf16")
+        if not self._row.published:
+            return "bf16", "bf16"
+        config = self.config
+        return (self._row.format_of_floats(config.group_size, config.zero_point, config.gguf_type),) * 2
 
     @property
     def _formats(self) -> tuple[str, str]:

@@ -43,11 +43,12 @@ def packed_root() -> Path | None:
     return None if folder is None else folder / "packed"
 
 
-def entry_folder(files: Sequence[Path], method: str) -> Path | None:
+def entry_folder(files: Sequence[Path], variant: str) -> Path | None:
     """The folder of one model's packed layers, made or not; None without a cache.
 
-    files: the weight files of the model. A snapshot of the Hugging Face cache counts by repo and revision, anything
-    else by its path. What lies in the folder is trusted only as far as the fingerprint in each file agrees.
+    files: the weight files of the model; variant: the method, or more. A snapshot of the Hugging Face cache counts by
+    repo and revision, anything else by its path. What lies in the folder is trusted only as far as the fingerprint in
+    each file agrees.
     """
     parent = packed_root()
     if parent is None or not files:
@@ -58,7 +59,7 @@ def entry_folder(files: Sequence[Path], method: str) -> Path | None:
     else:
         digest = hashlib.sha256(os.fsencode(folder)).hexdigest()
         name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', folder.name) or 'model'}-{digest[:12]}"
-    return parent / f"{name}-{method}"
+    return parent / f"{name}-{variant}"
 
 
 def entries() -> list[Entry]:

@@ -45,6 +45,20 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
+def _bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected a bool")
+
+
+def check_format_options(group_size: Any, zero_point: Any, gguf_type: Any) -> None:
+    """What weights in floats become where the method leaves a choice."""
+    if _integer("group_size", group_size, 1) not in GROUP_SIZES:
+        raise ValueError(f"group_size: got {group_size}, expected 32, 64 or 128")
+    _bool("zero_point", zero_point)
+    if gguf_type not in GGUF_TYPES:
+        raise ValueError(f"gguf_type: got {gguf_type!r}, expected {', '.join(GGUF_TYPES)}")
+
+
 def _mask(value: Any, num_experts: int) -> Tensor:
     """The mask, bool [num_experts], contiguous on the CPU: the caller's own memory where it is that already."""
     mask = torch.as_tensor(value, device="cpu")
@@ -104,10 +118,7 @@ class MoEConfig:
         check("hidden_size", 1, MAX_DIM)
         check("moe_intermediate_size", 1, MAX_DIM)
         check("chunked_prefill_size", 1)
-        if check("group_size", 1) not in GROUP_SIZES:
-            raise ValueError(f"group_size: got {self.group_size}, expected 32, 64 or 128")
-        if self.gguf_type not in GGUF_TYPES:
-            raise ValueError(f"gguf_type: got {self.gguf_type!r}, expected {', '.join(GGUF_TYPES)}")
+        check_format_options(self.group_size, self.zero_point, self.gguf_type)
         if self.cpuinfer_threads is not None:
             check("cpuinfer_threads", 1)
         if self.threadpool_count is not None:
@@ -118,9 +129,8 @@ class MoEConfig:
             put("weight_path", os.fspath(self.weight_path))
         except TypeError:
             raise TypeError(f"weight_path: got {self.weight_path!r}, expected the path of a folder") from None
-        for name in ("cpu_save", "zero_point", "check_finite"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a bool")
+        for name in ("cpu_save", "check_finite"):
+            _bool(name, getattr(self, name))
         self._check_activation(put)
         self._check_inference(put)
 
@@ -187,8 +197,7 @@ class SFTConfig:
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout: got {self.lora_dropout}, expected 0 <= p < 1")
         for name in ("use_rslora", "full_weight_grad"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a bool")
+            _bool(name, getattr(self, name))
 
     @property
     def scaling(self) -> float:

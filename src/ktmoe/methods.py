@@ -29,6 +29,12 @@ class Method:
     """The kind of files ("int4", "fp8", "gguf") whose weights are computed with as they are. `format` is then only what
     bf16 tensors become: group_size and gguf_type may change it, and files bring their own."""
 
+    def format_of_floats(self, group_size: int, zero_point: bool, gguf_type: str) -> str:
+        """What weights in floats become: `format`, unless the parameters of `KTMoEWrapper` of these names change it."""
+        if self.published == "int4":
+            return f"int4_g{group_size}{'z' if zero_point else ''}"
+        return gguf_type.lower() if self.published == "gguf" else self.format
+
     def computes_with(self, kind: str) -> bool:
         """True if weights of such files ("bf16" too) are used as they are. MXFP4 is a type of GGUF, in any file."""
         kind = "gguf" if kind == "mxfp4" else kind

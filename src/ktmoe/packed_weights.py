@@ -78,7 +78,7 @@ class PackedWeights:
 
         A method whose formats come from its files takes those of the file.
         """
-        formats = (info.gate_up_format, info.down_format)
+        formats = info.formats
         if formats != formats_of(self.layer) and info.method != self.method:
             expected = " and ".join(dict.fromkeys(formats_of(self.layer)))
             got = " and ".join(dict.fromkeys(formats))
@@ -139,11 +139,10 @@ class PackedWeights:
         current = info.layout_version == _ext.LAYOUT_VERSION and info.source == folder_fingerprint(
             self.config.weight_path
         )
-        return path if current and self._would_make(info.gate_up_format, info.down_format) else None
+        return path if current and self._would_make(info.formats) else None
 
-    def _would_make(self, gate_up_format: str, down_format: str) -> bool:
+    def _would_make(self, formats: tuple[str, str]) -> bool:
         """False if weights were kept with another group_size or gguf_type, which count for files of plain floats."""
-        formats = gate_up_format, down_format
         if not METHODS[self.method].published or formats == self._own_formats():
             return True
         try:

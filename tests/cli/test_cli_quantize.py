@@ -240,6 +240,57 @@ def test_ctrl_c(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     invoke("verify", out)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("RAWINT4", {"group_size": 128, "zero_point": True}, "int4_g128z"),
+        ("AMXINT4_KGroup_SFT", {"group_size": 64}, "int4_g64"),
+        ("LLAMAFILE", {"gguf_type": "Q8_0"}, "q8_0"),
+        ("LLAMAFILE_SFT", {}, "q4_k"),
+    ],
+    ids=str,
+)
+def test_what_floats_become(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    options: dict[str, Any],
+    expected: str,
+) -> None:
+    out = tmp_path / "packed"
+    flags = [
+        part
+        for name, value in options.items()
+        for part in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))
+    ]
+    invoke("quantize", model, "-o", out, "-m", method, *flags)
+    invoke("verify", out)
+    wrapper = ref.make(SHAPE, method, weight_path=out, layer_idx=LAYERS[0])
+    wrapper.load_weights()
+    assert (wrapper.layer.format, wrapper.layer.down_format) == (expected, expected)
+    direct = ref.loaded(SHAPE, method, seed=LAYERS[0], **options)
+    batch = ref.batch(SHAPE, 5)
+    rest = (False,) if wrapper.mode == "sft" else ()
+    assert torch.equal(wrapper.forward(*batch, *rest), direct.forward(*batch, *rest))
+    before = image(out)
+    text = fails(
+        monkeypatch, capsys, "quantize", model, "-o", out, "-m", method, "--group-size", 32, "--gguf-type", "Q4_0"
+    )
+    assert "as other options make it: choose another folder" in " ".join(text.split())
+    assert image(out) == before
+
+
+def test_options_that_do_not_exist(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag, value in (("--group-size", 48), ("--gguf-type", "Q9")):
+        text = fails(monkeypatch, capsys, "quantize", model, "-o", tmp_path / "packed", flag, value)
+        assert f"got {value!r}, expected" in text
+    assert not (tmp_path / "packed").exists()
+
+
 def test_places_that_quantize_refuses(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

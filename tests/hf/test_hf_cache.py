@@ -61,6 +61,19 @@ def mapped(model: Any) -> bool:
     return bool(own) and lines >= len(own)
 
 
+def test_what_floats_become_is_kept_apart(folder: Path, store: Path, reads: list[str]) -> None:
+    """Q4_K and Q8_0 of one model do not take each other's place."""
+    kinds = {"q8_0": {"gguf_type": "Q8_0"}, "q4_k": {}}
+    for _ in range(2):
+        for kind, options in kinds.items():
+            model = from_pretrained(folder, "LLAMAFILE", **options)
+            assert {layer.backend.layer.format for layer in ktmoe_layers(model)} == {kind}
+    assert len(reads) == LAYERS * EXPERTS * 3 * len(kinds)
+    assert [entry.path.name.partition("-LLAMAFILE")[2] for entry in cache.entries()] == ["", "-q8_0"]
+    model = from_pretrained(folder, "AMXINT4_KGroup_SFT", group_size=64, zero_point=True, cache=False)
+    assert {layer.backend.layer.format for layer in ktmoe_layers(model)} == {"int4_g64z"}
+
+
 @pytest.mark.parametrize("method", ["BF16", "AMXINT8_SFT"])
 def test_the_second_start_reads_no_experts(folder: Path, store: Path, reads: list[str], method: str) -> None:
     expected = logits(from_pretrained(folder, method, cache=False))

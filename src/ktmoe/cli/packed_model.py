@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ktmoe import _ext
 from ktmoe.base import BaseMoEWrapper
@@ -13,7 +14,7 @@ from ktmoe.errors import WeightFileError
 from ktmoe.io.fingerprint import folder_fingerprint
 from ktmoe.io.model_shape import read_model_shape
 from ktmoe.io.packed_dir import PackedIndex, is_packed_dir, read_packed_index, write_packed_index
-from ktmoe.io.packed_file import layer_file
+from ktmoe.io.packed_file import PackedInfo, layer_file, read_info
 from ktmoe.io.packed_writer import PART
 from ktmoe.io.source import Source
 from ktmoe.io.sources import open_source
@@ -23,18 +24,23 @@ from ktmoe.wrapper import KTMoEWrapper
 
 
 class PackedModel:
-    """All MoE layers of the model in `source`, a folder or a GGUF file, packed for `method` into `output`."""
+    """All MoE layers of the model in `source`, a folder or a GGUF file, packed for `method` into `output`.
 
-    def __init__(self, source: str, output: Path, method: str, threads: int | None = None) -> None:
+    options: group_size, zero_point and gguf_type of `KTMoEWrapper`.
+    """
+
+    def __init__(self, source: str, output: Path, method: str, threads: int | None = None, **options: Any) -> None:
         self._source = source
         self._output = output
         self._method = method
         self._threads = threads
+        self._options = options
         self._prefer_gguf = METHODS[method].published == "gguf"
         self._shape = read_model_shape(source, prefer_gguf=self._prefer_gguf)
         self.layers = self._shape.layers
         self._fingerprint = folder_fingerprint(source)
         self._experts = {layer: self._count(layer) for layer in self.layers}
+        self._wanted: dict[int, PackedInfo] = {}
         self._finished: set[int] = set()
 
     @property
@@ -47,19 +53,19 @@ class PackedModel:
         index = PackedIndex(
             self._method, _ext.LAYOUT_VERSION, self._fingerprint, os.path.abspath(self._source), self.layers
         )
+        for layer, n_experts in self._experts.items():
+            self._wanted[layer] = self._wrapper(layer).packed_info(n_experts, self._fingerprint)
         if is_packed_dir(str(self._output)):
             self._check_same(index)
         elif self._output.is_dir() and any(file.suffix != PART for file in self._output.iterdir()):
             raise UserError(f"{self._output} is not empty and holds no packed experts: choose another folder")
         write_packed_index(str(self._output), index)
-        for layer in self.layers:
-            if holds(self._path(layer), self._wrapper(layer).packed_info(self._experts[layer], self._fingerprint)):
-                self._finished.add(layer)
+        self._finished = {layer for layer in self.layers if holds(self._path(layer), self._wanted[layer])}
 
     def missing_bytes(self) -> int:
         """Packed bytes that are still to be written."""
-        missing = (layer for layer in self.layers if layer not in self._finished)
-        return sum(self._wrapper(layer).layer.expert_bytes * self._experts[layer] for layer in missing)
+        missing = (info for layer, info in self._wanted.items() if layer not in self._finished)
+        return sum(info.expert_bytes * info.n_experts for info in missing)
 
     def run(self) -> str:
         """Packs what is missing; returns the speed of reading."""
@@ -74,11 +80,9 @@ class PackedModel:
         return bar.speed
 
     def _pack(self, layer: int, bar: Transfer) -> None:
-        wrapper = self._wrapper(layer)
-        info = wrapper.packed_info(self._experts[layer], self._fingerprint)
         with self._open(layer) as source:
-            biases = tuple(source.biases(0))
-            pack_layer(wrapper.packer(), source.read_expert, info, self._path(layer), bar.step, biases=biases)
+            packer, biases = self._wrapper(layer).packer(), tuple(source.biases(0))
+            pack_layer(packer, source.read_expert, self._wanted[layer], self._path(layer), bar.step, biases=biases)
 
     def _open(self, layer: int) -> Source:
         shape = self._shape
@@ -104,6 +108,7 @@ class PackedModel:
             weight_path=self._source,
             method=self._method,
             mode=METHODS[self._method].mode,
+            **self._options,
             activation="silu" if self._shape.gated else "relu2",  # packed bytes do not depend on more
         )
         with self._open(layer) as source:
@@ -122,3 +127,15 @@ class PackedModel:
                 raise UserError(
                     f"{self._output} holds packed experts of another {name} ({got}, not {want}): choose another folder"
                 )
+        for layer, want in self._wanted.items():
+            kept = self._kept(layer)
+            if kept is not None and kept.formats != want.formats:
+                got = " and ".join(dict.fromkeys(kept.formats))
+                raise UserError(f"{self._path(layer)} holds {got}, as other options make it: choose another folder")
+
+    def _kept(self, layer: int) -> PackedInfo | None:
+        """What the layer's file says of itself; None if there is none, or a damaged one, which is packed again."""
+        try:
+            return read_info(self._path(layer))
+        except (FileNotFoundError, WeightFileError):
+            return None

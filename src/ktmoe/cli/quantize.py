@@ -19,6 +19,11 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the packed files.")],
     method: Annotated[str, typer.Option("--method", "-m", help="How the experts are to be held.")] = "AMXINT8",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    group_size: Annotated[int, typer.Option(help="32, 64 or 128: of RAWINT4 from floats.")] = 32,
+    zero_point: Annotated[
+        bool, typer.Option("--zero-point", help="One for each group of RAWINT4 from floats.")
+    ] = False,
+    gguf_type: Annotated[str, typer.Option(help="Q4_K, Q8_0, Q4_0 or MXFP4: LLAMAFILE from floats.")] = "Q4_K",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per physical core.")] = None,
 ) -> None:
     """Writes one file per layer. Exit code 130 if interrupted: the same command goes on."""
@@ -26,8 +31,11 @@ def quantize(
 
     resolve(method, METHODS[method].mode if method in METHODS else "inference")
     from ktmoe.cli.packed_model import PackedModel
+    from ktmoe.config import check_format_options
 
-    job = PackedModel(model_folder(model, revision), output, method, threads)
+    options = {"group_size": group_size, "zero_point": zero_point, "gguf_type": gguf_type}
+    check_format_options(**options)
+    job = PackedModel(model_folder(model, revision), output, method, threads, **options)
     job.prepare()
     need, free = job.missing_bytes(), shutil.disk_usage(output).free
     if need > free:

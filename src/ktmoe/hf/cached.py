@@ -65,9 +65,12 @@ class ExpertCache:
         self._writable = True
 
     @classmethod
-    def open(cls, files: Sequence[Path], method: str, experts: ExpertsOnDisk) -> ExpertCache | None:
-        """The cache of the model in `files`, whose experts are `experts`; None if the cache is off."""
-        folder = cache.entry_folder(files, method)
+    def open(cls, files: Sequence[Path], variant: str, experts: ExpertsOnDisk) -> ExpertCache | None:
+        """The cache of the model in `files`, whose experts are `experts`; None if the cache is off.
+
+        variant: the method, and what else there is more than one of (`KTMoEConfig.variant`).
+        """
+        folder = cache.entry_folder(files, variant)
         return None if folder is None else cls(folder, fingerprint(files), experts)
 
     def map(self, layer: KTExperts, progress: Progress) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ktmoe.config import check_format_options
 from ktmoe.methods import METHODS, methods_of
 
 QUANT_METHOD = "ktmoe"
@@ -28,6 +29,7 @@ class KTMoEConfig(QuantizationConfigMixin):
     threadpool_count: number of sub-pools; None means one per NUMA node.
     chunked_prefill_size: longer inputs are computed in chunks of this many tokens.
     cache: keep the packed experts in ktmoe's cache, and map them at the next start (KTMOE_CACHE=off turns it off, too).
+    group_size, zero_point, gguf_type: what the int4 and GGUF methods make of experts in floats, as in `KTMoEWrapper`.
     packed: a folder that `ktmoe quantize` has made of this model; its experts are mapped and not read.
     checkpoint: the quantization_config of a checkpoint that is quantised already; `from_pretrained` finds it.
 
@@ -43,6 +45,9 @@ class KTMoEConfig(QuantizationConfigMixin):
         cache: bool = True,
         packed: str | os.PathLike[str] | None = None,
         checkpoint: dict[str, Any] | None = None,
+        group_size: int = 32,
+        zero_point: bool = False,
+        gguf_type: str = "Q4_K",
         **kwargs: Any,
     ) -> None:
         # A config read back from JSON carries its own name.
@@ -57,6 +62,7 @@ class KTMoEConfig(QuantizationConfigMixin):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"KTMoEConfig: {name} must be at least 1, got {value}")
+        check_format_options(group_size, zero_point, gguf_type)
         self.quant_method = QUANT_METHOD
         self.method = method
         self.cpuinfer_threads = cpuinfer_threads
@@ -65,6 +71,16 @@ class KTMoEConfig(QuantizationConfigMixin):
         self.cache = bool(cache)
         self.packed = None if packed is None else os.fspath(packed)
         self.checkpoint = checkpoint
+        self.group_size = group_size
+        self.zero_point = zero_point
+        self.gguf_type = gguf_type
+
+    @property
+    def variant(self) -> str:
+        """The method, and what it makes of floats where that is not what it usually makes of them."""
+        row = METHODS[self.method]
+        made = row.format_of_floats(self.group_size, self.zero_point, self.gguf_type)
+        return self.method if made == row.format else f"{self.method}-{made}"
 
 
 def check_method(method: str) -> None:

@@ -15,7 +15,16 @@ from ktmoe.hf.quantised import take_quantization
 _log = logging.getLogger("ktmoe")
 
 _CONFIG_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
-_ENGINE_KEYS = ("cpuinfer_threads", "threadpool_count", "chunked_prefill_size", "cache", "packed")
+_ENGINE_KEYS = (
+    "cpuinfer_threads",
+    "threadpool_count",
+    "chunked_prefill_size",
+    "cache",
+    "packed",
+    "group_size",
+    "zero_point",
+    "gguf_type",
+)
 
 
 def from_pretrained(
@@ -32,7 +41,7 @@ def from_pretrained(
     packed=DIR maps a folder made by `ktmoe quantize` instead.
 
     model_class: a transformers (auto) class; AutoModelForCausalLM by default.
-    kwargs: `cpuinfer_threads`, `threadpool_count`, `chunked_prefill_size`, `cache`, `packed` go to `KTMoEConfig`,
+    kwargs: the parameters of `KTMoEConfig` (`cpuinfer_threads`, `packed`, `group_size`, `gguf_type`, ...) go there,
         everything else to the class's own ``from_pretrained``.
     Returns the model in eval mode, as transformers does. Raises ValueError for an unknown method, a checkpoint that is
     incomplete or quantised in another way, UnsupportedExpertsError for experts that cannot be computed exactly.

@@ -78,7 +78,7 @@ class KTMoEQuantizer(HfQuantizer):
             else:
                 files = stack.enter_context(CheckpointFiles(self._files))
                 experts = PlainExperts(files, specs, self._conversions, str(model.base_model_prefix))
-            kept = ExpertCache.open(self._files, config.method, experts) if config.cache else None
+            kept = ExpertCache.open(self._files, config.variant, experts) if config.cache else None
             desc = f"Packing experts ({config.method})"
             with logging.tqdm(total=sum(spec.n_experts for spec in specs), desc=desc, unit="expert") as bar:
                 fill_layers(layers, experts, kept, _Speed(bar))

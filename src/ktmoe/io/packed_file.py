@@ -72,6 +72,11 @@ class PackedInfo:
             values[item.name] = int(text) if number else text
         return cls(**values)  # type: ignore[arg-type]
 
+    @property
+    def formats(self) -> tuple[str, str]:
+        """Of gate/up and of down."""
+        return self.gate_up_format, self.down_format
+
     def difference(self, expected: PackedInfo) -> str:
         """The first field in which this is not what was expected, for a message; empty if there is none."""
         for item in dataclasses.fields(self):
