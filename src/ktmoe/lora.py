@@ -101,8 +101,14 @@ def _install_hook() -> None:
             _hook_installed = True
 
 
+def fingerprint(tensors: Sequence[Tensor]) -> tuple[object, ...]:
+    """Equal as long as the tensors' values are the same, provided that their memory has been kept alive since."""
+    if not _hook_installed:
+        _install_hook()
+    return (_optimizer_steps, *map(_fingerprint, tensors))
+
+
 def _fingerprint(tensor: Tensor) -> tuple[object, ...]:
-    """Equal as long as the tensor's values are the same, provided that its memory has been kept alive since."""
     # Tensors made under inference_mode do not count their changes: never equal.
     version: object = object() if tensor.is_inference() else tensor._version
     return (tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype)
@@ -129,7 +135,6 @@ class LoraMirror:
     MOST_NAMES = 8
 
     def __init__(self, pool: _ext.ThreadPool, n_experts: int, hidden: int, inter: int, gated: bool = True) -> None:
-        _install_hook()
         self._pool = pool
         self._dims = (n_experts, hidden, inter)
         self._gated = gated
@@ -144,7 +149,7 @@ class LoraMirror:
 
         TypeError or ValueError if a tensor does not fit the layer.
         """
-        key = (lora.scaling, lora.rank, _optimizer_steps, *map(_fingerprint, lora.tensors))
+        key = (lora.scaling, lora.rank, *fingerprint(lora.tensors))
         with self._lock:
             current = self._current.get(lora.name)
             if current is not None and current.key == key and not force:

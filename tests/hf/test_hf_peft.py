@@ -141,9 +141,71 @@ def test_disable_and_switch_adapters(checkpoint: Checkpoint, method: str) -> Non
     assert torch.equal(logits(model, ids), expected)
     again = [experts.backend.mirror.packs for experts in model.modules() if getattr(experts, "is_ktmoe", False)]
     assert again == packs, "adapters that take turns are not packed again"
-    model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match="Several adapters are active on packed experts"):
-        logits(model, ids)
+
+
+def test_several_active_adapters_add_up(checkpoint: Checkpoint, routing: Any) -> None:
+    """As in PEFT, whatever their ranks and scalings are."""
+    folder, ids = checkpoint("qwen3_moe"), tokens()
+    configs = {
+        "default": lora_config(r=4, alpha=8),
+        "second": lora_config(r=2, alpha=6, rank_pattern={"down_proj": 3}),
+        "third": lora_config(r=3, alpha=6),
+    }
+    models = from_pretrained(folder, dtype=torch.float32), dense(folder).float()
+    ours, plain = (get_peft_model(model, configs["default"]) for model in models)
+    for model in (ours, plain):
+        for name in ("second", "third"):
+            model.add_adapter(name, configs[name])
+        model.base_model.set_adapter(list(configs))
+    randomize_lora(ours)
+    copy_lora(ours, plain)
+    with routing.record():
+        plain(input_ids=ids, labels=ids).loss.backward()
+        expected = logits(plain, ids)
+    with routing.replay():
+        ours(input_ids=ids, labels=ids).loss.backward()
+        got = logits(ours, ids)
+    assert relative(got, expected) < 8 * 2.0**-8
+    grads, expected_grads = lora_grads(ours), lora_grads(plain)
+    assert grads.keys() == expected_grads.keys()
+    assert {name for name in configs if any(f".{name}." in grad for grad in grads)} == set(configs)
+    for name in grads:
+        assert relative(grads[name], expected_grads[name]) < 2e-2, name
+    alone = []
+    for name in configs:
+        ours.set_adapter(name)
+        alone.append(logits(ours, ids))
+    assert all(not torch.equal(one, got) for one in alone)
+
+
+@pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("target", ["gate_up_proj", "down_proj", "both"])
+def test_what_does_not_change_is_packed_once(checkpoint: Checkpoint, target: str, no_grad: Any) -> None:
+    """Also where matrices have to be made for the engine: of an adapter with fewer targets, of two adapters."""
+
+    def forward() -> torch.Tensor:
+        with no_grad():
+            return model(input_ids=tokens()).logits
+
+    def packs() -> list[int]:
+        return [experts.backend.mirror.packs for experts in model.modules() if getattr(experts, "is_ktmoe", False)]
+
+    only = {} if target == "both" else {"target_parameters": [f"experts.{target}"]}
+    model = get_peft_model(from_pretrained(checkpoint("qwen3_moe"), "BF16"), lora_config(r=4, **only))
+    if target == "both":
+        model.add_adapter("second", lora_config(r=2))
+        model.base_model.set_adapter(["default", "second"])
+    randomize_lora(model)
+    first = forward()
+    before = packs()
+    assert torch.equal(forward(), first)
+    assert packs() == before
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_B" in name and "experts" in name:
+                param.mul_(2)
+    assert not torch.equal(forward(), first)
+    assert packs() == [count + 1 for count in before]
 
 
 @pytest.mark.parametrize(

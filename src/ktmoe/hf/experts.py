@@ -7,7 +7,7 @@ packed weights. PEFT, which asks the module itself for its parameters, is shown 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from ktmoe.hf.config import KTMoEConfig, trainable_twin
 from ktmoe.hf.structure import ExpertsSpec
 from ktmoe.methods import METHODS
 from ktmoe.wrapper import KTMoEWrapper
+
+if TYPE_CHECKING:
+    from ktmoe.hf.peft_bridge import Joined
 
 
 class KTExperts(nn.Module):
@@ -36,6 +39,8 @@ class KTExperts(nn.Module):
             setattr(self, name, _placeholder(*shape))
         self._backend: Any = None
         self._config = config
+        self.joined_lora: Joined | None = None
+        """Belongs to `ktmoe.hf.peft_bridge`."""
 
     @property
     def backend(self) -> Any:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.nn.functional import pad
 
 from ktmoe.autograd import LoraTensors
 from ktmoe.hf.structure import DOWN
+from ktmoe.lora import fingerprint
 
 MERGE_HINT = (
     "experts are packed ({method}) and cannot take a merged adapter. Merge in plain transformers instead: "
@@ -86,50 +85,78 @@ def _check_merge_or(stock: Callable[..., Any]) -> Callable[..., Any]:
     return check_merge_allowed
 
 
-def active_lora(wrapper: Any, experts: nn.Module) -> LoraTensors | None:
-    """The factors of the one adapter that is active on a chain of wrappers, as views of PEFT's own parameters.
+class _Factors(NamedTuple):
+    """What one adapter adds to one parameter of all experts: scaling * B A."""
 
-    None if no adapter is active (``disable_adapter()``, or none was added). ValueError if more than one is.
+    a: torch.Tensor
+    """[n_experts, rank, in]"""
+    b: torch.Tensor
+    """[n_experts, out, rank]"""
+    scaling: float
+
+
+class Joined(NamedTuple):
+    """The factors that an experts module got last where no gradients were needed. As long as the adapters' tensors do
+    not change these are the same tensors, so that the engine need not pack them again."""
+
+    key: tuple[object, ...]
+    sources: list[torch.Tensor]
+    """Kept alive: a new tensor at a freed address would look like the old one."""
+    lora: LoraTensors
+
+
+def active_lora(wrapper: Any, experts: Any) -> LoraTensors | None:
+    """The factors of the adapters that are active on a chain of wrappers; their sum, if there are several.
+
+    None if no adapter is active (``disable_adapter()``, or none was added). Views of PEFT's own parameters where one
+    adapter has the same rank and scaling everywhere.
     """
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]] = {}
-    adapters: set[str] = set()
+    found: dict[str, list[_Factors]] = {}
+    names: dict[str, None] = {}
     while wrapper is not experts:
-        if not wrapper.disable_adapters:
-            names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
-            adapters.update(names)
-            for name in names:
-                factors[wrapper.parameter_name] = _factors(wrapper, name)
+        for name in () if wrapper.disable_adapters else wrapper.active_adapters:
+            if name in wrapper.lora_A:
+                found.setdefault(wrapper.parameter_name, []).append(_factors(wrapper, name))
+                names[name] = None
         wrapper = wrapper.base_layer
-    if len(adapters) > 1:
-        raise ValueError(
-            f"Several adapters are active on packed experts ({', '.join(sorted(adapters))}); ktmoe computes "
-            "one at a time. Choose one with set_adapter(name)."
-        )
-    return _to_engine(factors, experts, next(iter(adapters))) if factors else None
+    if not found:
+        return None
+    name = "+".join(names)
+    if torch.is_grad_enabled():
+        return _to_engine(found, experts, name)
+    sources = [tensor for factors in found.values() for f in factors for tensor in (f.a, f.b)]
+    key = (name, *((parameter, f.scaling) for parameter, of in found.items() for f in of), *fingerprint(sources))
+    if experts.joined_lora is None or experts.joined_lora.key != key:
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their changes
+            experts.joined_lora = Joined(key, sources, _to_engine(found, experts, name))
+    lora: LoraTensors = experts.joined_lora.lora
+    return lora
 
 
-def _factors(wrapper: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(A [E, r, in], B [E, out, r], scaling) of one adapter. PEFT has A's rows as e*r + k, B's columns as k*E + e."""
+def _factors(wrapper: Any, adapter: str) -> _Factors:
+    """Those of one adapter. PEFT has A's rows as e*r + k, B's columns as k*E + e."""
     n_experts = wrapper.num_experts
     a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-    return (
+    return _Factors(
         a.reshape(n_experts, -1, a.shape[1]),
         b.reshape(b.shape[0], -1, n_experts).permute(2, 0, 1),
         float(wrapper.scaling[adapter]),
     )
 
 
-def _to_engine(factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]], experts: Any, name: str) -> LoraTensors:
-    """One rank and one scaling for all matrices: pads and rescales where they differ (``rank_pattern``).
+def _to_engine(found: dict[str, list[_Factors]], experts: Any, name: str) -> LoraTensors:
+    """One rank and one scaling for all matrices. found: parameter -> its factors, of one adapter or several.
 
     PEFT's factors have the same shapes whether the module stores its weights transposed or not.
     """
-    rank = max(a.shape[1] for a, _, _ in factors.values())
-    scaling = next(iter(factors.values()))[2]
+    scalings = {f.scaling for factors in found.values() for f in factors}
+    scaling = scalings.pop() if len(scalings) == 1 else 1.0
+    rank = max(sum(f.a.shape[1] for f in factors) for factors in found.values())
     n, hidden, inter = experts.num_experts, experts.hidden_dim, experts.intermediate_dim
     spec = experts.spec
-    first_a, first_b = _fit(factors.get(spec.first), rank, scaling, (n, hidden, 2 * inter if spec.gated else inter))
-    down_a, down_b = _fit(factors.get(DOWN), rank, scaling, (n, inter, hidden))
+    width = 2 * inter if spec.gated else inter
+    first_a, first_b = _join(found.get(spec.first, []), rank, scaling, (n, hidden, width))
+    down_a, down_b = _join(found.get(DOWN, []), rank, scaling, (n, inter, hidden))
     gate_b: torch.Tensor | None
     if not spec.gated:
         gate_b, up_b = None, first_b
@@ -151,15 +178,16 @@ def _to_engine(factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]], exp
     )
 
 
-def _fit(
-    factors: tuple[torch.Tensor, torch.Tensor, float] | None, rank: int, scaling: float, shape: tuple[int, int, int]
+def _join(
+    factors: list[_Factors], rank: int, scaling: float, shape: tuple[int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) of the sum: all A one below the other, all B side by side, zeros up to `rank`. shape: experts, in, out."""
     n_experts, n_in, n_out = shape
-    if factors is None:
-        return torch.zeros(n_experts, rank, n_in), torch.zeros(n_experts, n_out, rank)
-    a, b, own_scaling = factors
-    if own_scaling != scaling:
-        b = b * (own_scaling / scaling)
-    if a.shape[1] != rank:
-        a, b = pad(a, (0, 0, 0, rank - a.shape[1])), pad(b, (0, rank - b.shape[2]))
-    return a, b
+    a = [f.a for f in factors]
+    b = [f.b if f.scaling == scaling else f.b * (f.scaling / scaling) for f in factors]
+    missing = rank - sum(x.shape[1] for x in a)
+    if missing:
+        device = a[0].device if a else torch.device("cpu")
+        a.append(torch.zeros(n_experts, missing, n_in, device=device))
+        b.append(torch.zeros(n_experts, n_out, missing, device=device))
+    return (a[0], b[0]) if len(a) == 1 else (torch.cat(a, 1), torch.cat(b, 2))
