@@ -46,6 +46,12 @@ bool vectors_in_halves() {
   return __get_cpuid(0x8000001Au, &a, &b, &c, &d) != 0 && (a & 1) != 0 && (a & 4) == 0;
 }
 
+// Family 19h, of which only Zen 4 has AVX-512.
+bool family_of_zen4() {
+  unsigned a, b, c, d;
+  return __builtin_cpu_is("amd") && __get_cpuid(1, &a, &b, &c, &d) != 0 && (a >> 8 & 15) + (a >> 20 & 255) == 0x19;
+}
+
 Probe probe() {
   Probe p;
   __builtin_cpu_init();
@@ -86,6 +92,9 @@ Probe probe() {
 }
 #else
 bool vectors_in_halves() {
+  return false;
+}
+bool family_of_zen4() {
   return false;
 }
 
@@ -134,6 +143,7 @@ bool is_test_level(Isa isa) {
 }  // namespace
 
 const bool avx2_in_halves = vectors_in_halves();
+const bool zen4 = family_of_zen4();
 
 const CpuReport& cpu_report() {
   return host().report;

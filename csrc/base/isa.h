@@ -28,6 +28,8 @@ const CpuReport& cpu_report();  // probed once
 
 // AVX2 instructions are done in halves, as by AMD's Zen 1: such a core sees half as many of them ahead.
 extern const bool avx2_in_halves;
+// Of the CPUs with AVX-512, it is an AMD Zen 4.
+extern const bool zen4;
 
 std::string_view isa_name(Isa isa);
 bool isa_supported(Isa isa);

@@ -23,8 +23,8 @@ struct BlockLevels {
   template <int R>
   static inline __attribute__((always_inline)) void ask(const std::byte* at) {
     constexpr bool kFew = R && R < V::kAskRows;
-    if constexpr (R != kAsked)
-      ask_ahead<V, kFew && Fmt::bits == 8 ? Ask::in_halves : Ask::always, kFew && Fmt::k_step == 256 ? V::kAhead / 2 : V::kAhead>(at);
+    constexpr Ask kAsk = !kFew ? Ask::always : Fmt::bits == 8 ? Ask::in_halves : Ask::unpacked;
+    if constexpr (R != kAsked) ask_ahead<V, kAsk, kFew && Fmt::k_step == 256 ? V::kAhead / 2 : V::kAhead>(at);
   }
 
   struct Pair {

@@ -41,9 +41,9 @@ struct VectorGemm {
   static bool int8_products(WeightFormat format) { return format_info(format).direct == WeightFormat::int8; }
   // Up to so many rows of int4 are multiplied from registers; for more, weights become int8 tiles in cache.
   static constexpr int kFewInt4 = V::kVnni ? 2 * V::kRows : kMaxBlockRows;
-  // Without the registers of AVX-512, or without VNNI, by Int4Blocks, which have an operand of their own.
-  static constexpr bool kInt4Blocks = !V::kVnni || V::kTiles == 1;
-  static bool in_int4_blocks(WeightFormat format, int m) { return format == WeightFormat::int4 && kInt4Blocks && m <= kFewInt4; }
+  // So many of them by Int4Blocks, which have an operand of their own: all without the registers of AVX-512, or without VNNI.
+  static constexpr int kInt4BlockRows = !V::kVnni || V::kTiles == 1 ? kFewInt4 : V::kInOrder ? 2 : 0;
+  static bool in_int4_blocks(WeightFormat format, int m) { return format == WeightFormat::int4 && m <= kInt4BlockRows; }
 
   static std::size_t words_per_row(WeightFormat format, int m, int k) {
     const FormatInfo& info = format_info(format);
@@ -141,10 +141,11 @@ struct VectorGemm {
     const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
     const PackedLayout& l = w.layout();
     if (m > kFewInt4) return forward_unpacked<InCache<Int8Dot<V>>>(operand, m, w, p0, p1, c, false);
-    if constexpr (kInt4Blocks) {
-      const auto run = m == 1 ? &Int4Blocks<V>::template run<1, kFewInt4> : &Int4Blocks<V>::template run<0, kFewInt4>;
-      for (int p = p0; p < p1; ++p, c += c_block_floats(m)) run(w.panel(p), l.k_steps, x, m, c, kPanelColumns);
-    } else {
+    if (in_int4_blocks(l.format, m)) {
+      if constexpr (kInt4BlockRows > 0)
+        for (int p = p0; p < p1; ++p, c += c_block_floats(m))
+          Int4Blocks<V>::template panel<kInt4BlockRows>(w.panel(p), l.k_steps, x, m, c, kPanelColumns);
+    } else if constexpr (kInt4BlockRows < kFewInt4) {
       for (int p = p0; p < p1; ++p, c += c_block_floats(m))
         each_group<V::kRows>(m, [&](int r, int n) {
           const auto run = for_rows<V::kRows>(n, [](auto rows) { return &Int4VnniDot<V, rows>::run; });

@@ -25,6 +25,14 @@ struct Int4Blocks {
       }
   }
 
+  template <int kMostRows>
+  static void panel(const std::byte* panel, int k_steps, const std::uint32_t* x, int m, float* c, std::ptrdiff_t ldc) {
+    constexpr int kTwo = V::kTiles == 2 ? 2 : 0;  // with fewer registers a known number of rows above one gains nothing
+    const auto run_rows = m == 1 ? &run<1, kMostRows> : m == 2 ? &run<kTwo, kMostRows> : &run<0, kMostRows>;
+    run_rows(panel, k_steps, x, m, c, ldc);
+  }
+
+ private:
   // R = m, whose sums then stay in registers, or 0 for any m <= kMostRows.
   template <int R, int kMostRows>
   static void run(const std::byte* panel, int k_steps, const std::uint32_t* x, int m, float* c, std::ptrdiff_t ldc) {
@@ -35,7 +43,7 @@ struct Int4Blocks {
     for (int s = 0; s < k_steps; ++s, x += 2 * kPairWords * rows)
 #pragma GCC unroll 2
       for (int t = 0; t < 2; ++t, panel += Int4Format::rows * kRowBytes) {
-        ask_ahead<V, Ask::always>(panel);
+        ask_ahead<V, kAsk<R>>(panel);
         const Int4Codes<V> codes(panel);
         add_pair<R, 0>(panel, codes, x, rows, sum[t]);
         add_pair<R, 2>(panel, codes, x + kPairWords * rows, rows, sum[t]);
@@ -44,10 +52,12 @@ struct Int4Blocks {
       for (int r = 0; r < rows; ++r) V::store_i(c + r * ldc + 16 * t, sum[t][r]);
   }
 
- private:
   static std::uint32_t minus_sum(const std::int32_t* quads) {
     return static_cast<std::uint16_t>(-(quads[0] + quads[1] + quads[2] + quads[3]));
   }
+
+  template <int R>
+  static constexpr Ask kAsk = R && R < V::kAskRows ? Ask::unpacked : Ask::always;
 
   // Blocks b and b + 1 of a tile.
   template <int R, int b>
@@ -57,7 +67,7 @@ struct Int4Blocks {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const std::byte* at = tile + kRowBytes * (1 + 2 * b + j);
-      ask_ahead<V, Ask::always>(at);
+      ask_ahead<V, kAsk<R>>(at);
       q[j] = V::and_i(V::load_i(at), 0x0f0f0f0f);
     }
     const I m0 = factor(codes.template m<b>());

@@ -36,6 +36,7 @@ void mac_asking(const std::byte* w, std::ptrdiff_t step_stride, std::ptrdiff_t t
       in_tiles<V, 16, (R > 2)>([&](auto t, int j) __attribute__((always_inline)) {
         const std::byte* row = w + t * tile_stride + 64 * j;
         ask_ahead<V, kAsk>(row);
+        if constexpr (kAsk == Ask::never && V::kTiles == 2) asm volatile("" ::: "memory");  // lest the compiler change the order
         mac_row<V, Dot, R, NT, t, 1>(acc, row, tile_stride, x + j * Dot::words * R);
       });
     } else {

@@ -31,6 +31,7 @@ struct Bf16Vec : RoundingVec {
   static constexpr bool kBf16Pairs = true;
   static constexpr bool kInOrder = true;  // as AMD's memory likes it; others prefer avx512vnni
   static constexpr int kAhead = 6144;
+  static constexpr int kAskInto = 3;
   static constexpr int kAskRows = 2;
   static inline __attribute__((always_inline)) F dpbf16(F acc, I x, I y) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
@@ -39,4 +40,12 @@ struct Bf16Vec : RoundingVec {
   static inline __attribute__((always_inline)) I bf16_row(F first, F second) {
     return reinterpret_cast<I>(_mm512_cvtne2ps_pbh(second, first));
   }
+};
+
+// The same for CPUs whose memory is best asked into the L2, and where few rows leave all of it to the hardware: Zen 4.
+struct FarBf16Vec : Bf16Vec {
+  static constexpr int kAhead = 12288;
+  static constexpr int kAskInto = 2;
+  static constexpr int kAskRows = 5;
+  static constexpr bool kAskUnpacked = false;
 };

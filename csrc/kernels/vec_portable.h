@@ -16,7 +16,9 @@ struct Vec {
   static constexpr bool kFloatTables = false;
   static constexpr bool kInOrder = true;
   static constexpr int kAhead = 0;
+  static constexpr int kAskInto = 3;
   static constexpr int kAskRows = 3;
+  static constexpr bool kAskUnpacked = true;
   static constexpr int kRows = 3;   // rows of C that one inner loop accumulates: 12 of 16 registers of 4 lanes
   static constexpr int kTiles = 1;  // tiles of 16 columns beside each other in it
 

@@ -23,6 +23,7 @@ namespace avx512bf16 {
 #include "kernels/vector-inl.h"
 // clang-format on
 constexpr KernelTable table = make_table<VectorGemm<Bf16Vec>, Bf16Vec>(Isa::avx512bf16, 96);
+constexpr KernelTable far_table = make_table<VectorGemm<FarBf16Vec>, Bf16Vec>(Isa::avx512bf16, 96);
 }  // namespace avx512bf16
 }  // namespace ktmoe
 
@@ -30,6 +31,6 @@ constexpr KernelTable table = make_table<VectorGemm<Bf16Vec>, Bf16Vec>(Isa::avx5
 
 namespace ktmoe {
 const KernelTable& avx512bf16_kernels() {
-  return avx512bf16::table;
+  return zen4 ? avx512bf16::far_table : avx512bf16::table;
 }
 }  // namespace ktmoe
