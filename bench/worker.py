@@ -58,6 +58,8 @@ class Session:
         """Layer and batch of the next call: both rotate, so that weights come from memory as in a model."""
         if tokens not in self.batches:
             self.batches = {tokens: [self.problem.batch(tokens, seed) for seed in batch_seeds(tokens)]}
+            # Nothing of torch's runs between calls: its threads would go on spinning for milliseconds into what is timed.
+            self.grad = torch.ones_like(self.batches[tokens][0][0])
         batches = self.batches[tokens]
         self.step += 1
         return self.step % self.impl.layers, batches[self.step % len(batches)]
@@ -68,13 +70,12 @@ class Session:
 
     def _timed(self, impl: impls.Trainable, layer: int, batch: tuple[torch.Tensor, ...]) -> list[float]:
         """Seconds of a forward, and of a backward in sft mode."""
-        grad = torch.ones_like(batch[0])
         start = time.perf_counter()
         y = impl.forward(layer, *batch)
         seconds = [time.perf_counter() - start]
         if self.sft:
             start = time.perf_counter()
-            impl.backward(grad)
+            impl.backward(self.grad)
             seconds.append(time.perf_counter() - start)
         del y
         return seconds
