@@ -58,7 +58,7 @@ class Session:
         """Layer and batch of the next call: both rotate, so that weights come from memory as in a model."""
         if tokens not in self.batches:
             self.batches = {tokens: [self.problem.batch(tokens, seed) for seed in batch_seeds(tokens)]}
-            # Nothing of torch's runs between calls: its threads would go on spinning for milliseconds into what is timed.
+            # Nothing of torch runs between calls: its threads would go on spinning for milliseconds into what is timed.
             self.grad = torch.ones_like(self.batches[tokens][0][0])
         batches = self.batches[tokens]
         self.step += 1
