@@ -37,7 +37,8 @@ def moe_forward(
     Works with a wrapper of either mode. Keeps nothing where no gradient is needed; otherwise what backward needs is
     freed with the graph, and under activation checkpointing at once. Any number of forwards may wait for a backward,
     in any order. Changes of the LoRA tensors between forward and backward do not disturb the backward.
-    Errors as in `InferenceMoEWrapper.forward`.
+    Errors as in `InferenceMoEWrapper.forward`. torch.compile cannot look into it, or into any call of a wrapper: in
+    modules of your own that are compiled, call it through `torch.compiler.disable` (models of `from_pretrained` do).
     """
     device = hidden.device
     hidden, ids, weights = (t if t.is_cpu else t.to("cpu") for t in (hidden, ids, weights))

@@ -238,6 +238,7 @@ def test_method_errors(checkpoint: Checkpoint) -> None:
 
 def test_moving_and_copying_leave_experts_alone(checkpoint: Checkpoint) -> None:
     import copy
+    import pickle
 
     model = from_pretrained(checkpoint("qwen3_moe"))
     ids = tokens()
@@ -248,6 +249,8 @@ def test_moving_and_copying_leave_experts_alone(checkpoint: Checkpoint) -> None:
     assert torch.isfinite(logits(nn.Module.float(clone), ids)).all()
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained("unused")
+    with pytest.raises(TypeError, match=r"cannot be pickled.*save_pretrained"):
+        pickle.dumps(model)
 
 
 def test_names_at_the_top() -> None:

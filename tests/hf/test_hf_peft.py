@@ -178,6 +178,28 @@ def test_several_active_adapters_add_up(checkpoint: Checkpoint, routing: Any) ->
     assert all(not torch.equal(one, got) for one in alone)
 
 
+@pytest.mark.parametrize("method", ["AMXBF16_SFT", "AMXINT8"])
+def test_torch_compile(checkpoint: Checkpoint, method: str) -> None:
+    """Its graphs end before the experts, and go on behind them."""
+    ids = tokens()
+    model = from_pretrained(checkpoint("qwen3_moe"), method)
+    if method == "AMXBF16_SFT":
+        model = get_peft_model(model, lora_config(r=4))
+    randomize_lora(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(logits(compiled, ids), logits(model, ids))
+    if method == "AMXBF16_SFT":
+        model(input_ids=ids, labels=ids).loss.backward()
+        expected = {name: grad.clone() for name, grad in lora_grads(model).items()}
+        model.zero_grad()
+        compiled(input_ids=ids, labels=ids).loss.backward()
+        got = lora_grads(model)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("target", ["gate_up_proj", "down_proj", "both"])
 def test_what_does_not_change_is_packed_once(checkpoint: Checkpoint, target: str, no_grad: Any) -> None:

@@ -57,9 +57,14 @@ def _forward_or(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(self, x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         kwargs.pop("adapter_names", None)
-        return experts(x, *args, lora=active_lora(self, experts), **kwargs)
+        return _adapted(self, experts, x, *args, **kwargs)
 
     return forward
+
+
+@torch.compiler.disable
+def _adapted(wrapper: Any, experts: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return experts(x, *args, lora=active_lora(wrapper, experts), **kwargs)
 
 
 def _refuse_merge_or(stock: Callable[..., Any]) -> Callable[..., Any]:
