@@ -66,7 +66,7 @@ class KTExperts(nn.Module):
             )
         return self._backend
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -76,8 +76,8 @@ class KTExperts(nn.Module):
     ) -> torch.Tensor:
         """hidden [T, H] of any float type, ids [T, k] int, weights [T, k] float -> [T, H] of hidden's type.
 
-        Ids -1 and E mean "not routed here". The backward of a method for inference only is a RuntimeError. torch.compile
-        leaves it as it is: its graphs end before the experts and go on behind them.
+        Ids -1 and E mean "not routed here". The backward of a method for inference only is a RuntimeError.
+        torch.compile leaves it as it is: graphs end before the experts and go on behind them.
         """
         if METHODS[self.method].mode == "sft":
             return moe_forward(self.backend, hidden_states, top_k_index, top_k_weights, lora)
@@ -106,8 +106,8 @@ class KTExperts(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            "Packed experts cannot be pickled. Save the adapter, which is a plain PEFT one, with save_pretrained(); the "
-            "model itself is its checkpoint, which ktmoe.from_pretrained() opens again"
+            "Packed experts cannot be pickled. Save the adapter, which is a plain PEFT one, with save_pretrained(); "
+            "the model itself is its checkpoint, which ktmoe.from_pretrained() opens again"
         )
 
     def extra_repr(self) -> str:

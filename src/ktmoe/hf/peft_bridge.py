@@ -62,7 +62,7 @@ def _forward_or(stock: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _adapted(wrapper: Any, experts: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return experts(x, *args, lora=active_lora(wrapper, experts), **kwargs)
 
