@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ktmoe.base import BaseMoEWrapper
 from ktmoe.cli import demo_data, demo_model
 from ktmoe.cli.__main__ import app, main
 
@@ -62,6 +63,26 @@ def test_sft_options(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
     assert not config["target_modules"]
 
 
+def test_packed_experts(
+    chat_model: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What `ktmoe quantize` has made is used, in training too, and not packed again."""
+    packed = tmp_path / "packed"
+    question = ["generate", "--model", chat_model, "--prompt", "What is 1 plus 2?", "--max-new-tokens", 6]
+    expected = invoke(*question, "--method", "LLAMAFILE", only_stdout=True)
+    invoke("quantize", chat_model, "-o", packed, "-m", "LLAMAFILE")
+    monkeypatch.setattr(BaseMoEWrapper, "put_expert", lambda *_: pytest.fail("an expert was packed"))
+    assert invoke(*question, "--method", "LLAMAFILE", "--packed", packed, only_stdout=True) == expected
+    training = ["sft", "--model", chat_model, "--data", rows_file, "--output", tmp_path / "a", "--max-steps", 2]
+    assert "adapter saved" in invoke(*training, "--method", "LLAMAFILE_SFT", "--packed", packed)
+    assert run_main(monkeypatch, *question, "--method", "AMXINT8", "--packed", packed) == 1
+    assert "got LLAMAFILE (q4_k), expected AMXINT8" in " ".join(capsys.readouterr().err.split())
+
+
 def test_user_errors_have_no_traceback(
     chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +94,8 @@ def test_user_errors_have_no_traceback(
     assert f"Error: {rows}:2: " in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
+    assert run_main(monkeypatch, "generate", "--model", rows, "--prompt", "x") == 1
+    assert "is a file, expected a model folder" in capsys.readouterr().err
     assert run_main(monkeypatch, "generate", "--model", tmp_path / "nowhere", "--prompt", "x") == 1
     assert f"Error: there is no model folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
     assert run_main(monkeypatch, "generate", "--model", chat_model, "--prompt", "x", "--adapter", tmp_path) == 1

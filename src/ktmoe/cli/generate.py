@@ -21,6 +21,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per physical core.")] = None,
+    packed: Annotated[Path | None, typer.Option(help="Experts packed by ktmoe quantize.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Prints the answer as it is made; what it took goes to stderr."""
@@ -31,7 +32,7 @@ def generate(
     if adapter is not None and not (adapter / "adapter_config.json").exists():
         raise console.UserError(f"{adapter} is not a PEFT adapter (it has no adapter_config.json)")
     tokenizer = training.load_tokenizer(model)
-    loaded = training.load_model(model, method, threads)
+    loaded = training.load_model(model, method, threads, packed)
     if adapter is not None:
         from peft import PeftModel
 

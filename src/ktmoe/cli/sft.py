@@ -39,6 +39,7 @@ def sft(
     eval_fraction: Annotated[float, typer.Option(min=0.0, max=0.5, help="Hold out this share of --data.")] = 0.0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, one more forward.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per physical core.")] = None,
+    packed: Annotated[Path | None, typer.Option(help="Experts packed by ktmoe quantize.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the adapter and of the order of rows.")] = 0,
 ) -> None:
     """Trains, evaluates if there are held-out rows, and saves the adapter."""
@@ -57,6 +58,7 @@ def sft(
         grad_accum=grad_accum,
         gradient_checkpointing=gradient_checkpointing,
         threads=threads,
+        packed=packed,
         seed=seed,
     )
     _run(model, data, output, settings, max_length, eval_data, eval_fraction)
@@ -95,7 +97,7 @@ def _run(
     examples = _encode(rows, tokenizer, max_length, data)
     held_out_examples = _encode(held_out, tokenizer, max_length, eval_data or data) if held_out else []
     began = time.monotonic()
-    base = training.load_model(model, settings.method, settings.threads)
+    base = training.load_model(model, settings.method, settings.threads, settings.packed)
     console.out.print(f"{model}: experts held as {settings.method}, loaded in {time.monotonic() - began:.1f} s")
     peft_model = training.add_adapter(base, settings)
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)

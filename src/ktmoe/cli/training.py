@@ -30,6 +30,7 @@ class TrainSettings:
     grad_accum: int = 1
     gradient_checkpointing: bool = False
     threads: int | None = None
+    packed: Path | None = None
     seed: int = 0
     seconds: float = 0.0
     """Stop after about that long; 0: no limit."""
@@ -48,11 +49,14 @@ class TrainResult:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def load_model(path: str, method: str, threads: int | None = None) -> Any:
-    """The model with its experts in ktmoe; what is not an expert is in the dtype that torch is fast in here."""
+def load_model(path: str, method: str, threads: int | None = None, packed: Path | None = None) -> Any:
+    """The model with its experts in ktmoe; what is not an expert is in the dtype that torch is fast in here.
+
+    packed: a folder that `ktmoe quantize` has made of it, or None.
+    """
     use_threads(threads)
     dtype = "auto" if fast_bf16() else torch.float32
-    return from_pretrained(path, method=method, cpuinfer_threads=threads, dtype=dtype)
+    return from_pretrained(path, method=method, cpuinfer_threads=threads, dtype=dtype, packed=packed)
 
 
 def use_threads(threads: int | None) -> None:
@@ -62,9 +66,14 @@ def use_threads(threads: int | None) -> None:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model, with a padding token. UserError for a folder that does not exist."""
+    """The tokenizer of a model, with a padding token. UserError for a folder that does not exist, or a file."""
     from transformers import AutoTokenizer
 
+    if Path(path).is_file():
+        raise UserError(
+            f"{path} is a file, expected a model folder or Hub id. The experts of a GGUF file can be used in one: "
+            "`ktmoe quantize FILE -m LLAMAFILE -o DIR`, then --method LLAMAFILE --packed DIR"
+        )
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise UserError(f"there is no model folder {path}")
 
