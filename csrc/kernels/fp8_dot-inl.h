@@ -11,6 +11,23 @@ struct Fp8Dot {
   using I = typename V::I;
   static constexpr int kGroup = 4, kMostRows = 12;  // more rows pay for unpacking the weights
 
+  static std::size_t bytes(int m, int padded) { return static_cast<std::size_t>(m) * static_cast<std::size_t>(row_bytes(padded)); }
+
+  // m rows of bf16, k columns, padded to `padded`.
+  static void pack(RowSource rows, int m, int k, int padded, std::byte* dst) {
+    each_group<kGroup>(m, [&](int r, int n) { pack_group(rows, r, n, k, padded, dst + r * row_bytes(padded)); });
+  }
+
+  // All rows of an operand times one panel.
+  static void panel(const std::byte* operand, int m, int padded, const std::byte* panel, int k_steps, float* c, std::ptrdiff_t ldc,
+                    bool accumulate) {
+    each_group<kGroup>(m, [&](int r, int n) {
+      const auto run_rows = for_rows<kGroup>(n, [](auto rows) { return &run<rows>; });
+      run_rows(panel, k_steps, operand + r * row_bytes(padded), c + r * ldc, ldc, accumulate);
+    });
+  }
+
+ private:
   static int row_bytes(int padded) { return 4 * (padded + 1); }
 
   static void pack_group(RowSource rows, int r0, int n, int k, int padded, std::byte* dst) {
@@ -62,7 +79,6 @@ struct Fp8Dot {
       }
   }
 
- private:
   // A row of tile: 4 consecutive k of 16 columns.
   template <int R, int kSums>
   static inline __attribute__((always_inline)) void add_codes(const std::byte* at, const float* x, F (&sum)[kSums][R]) {

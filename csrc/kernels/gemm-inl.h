@@ -14,7 +14,7 @@ struct VectorGemm {
   template <class Fmt>
   static auto few_blocks() {
     if constexpr (std::is_same_v<Fmt, Fp8Format>)
-      return std::conditional_t<V::kBf16Pairs, Fp8Pairs<V>, RowGroups<Fp8Dot<V>>>{};
+      return std::conditional_t<V::kBf16Pairs, Fp8Pairs<V>, Fp8Dot<V>>{};
     else
       return BlockDot<V, Fmt>{};
   }
