@@ -17,12 +17,13 @@ struct BlockLevels {
     return !kUnsigned && Int8Dot<V>::unsigned_weights ? 128 : 0;  // signed bytes, which VNNI takes as unsigned ones
   }();
 
+  static constexpr int kAskRows = V::kHardwareAsks && Fmt::bits == 8 ? 6 : V::kAskRows;
   static constexpr int kAsked = -1;
   // For R rows, 0 for any number, kAsked if this has been done. A few leave asking for whole bytes to the hardware, and are faster with
   // less ahead in the large tiles of K-quants.
   template <int R>
   static inline __attribute__((always_inline)) void ask(const std::byte* at) {
-    constexpr bool kFew = R && R < V::kAskRows;
+    constexpr bool kFew = R && R < kAskRows;
     constexpr Ask kAsk = !kFew ? Ask::always : Fmt::bits == 8 ? Ask::in_halves : Ask::unpacked;
     if constexpr (R != kAsked) ask_ahead<V, kAsk, kFew && Fmt::k_step == 256 ? V::kAhead / 2 : V::kAhead>(at);
   }
@@ -117,8 +118,7 @@ struct BlockDot {
   static void pack(RowSource rows, int m, int k, int padded, std::byte* dst) { Operand::pack(rows, m, k, padded, dst); }
   static void panel(const std::byte* operand, int m, int /*padded*/, const std::byte* panel, int k_steps, float* c, std::ptrdiff_t ldc,
                     bool accumulate) {
-    constexpr int kTwo = V::kPlainLoops ? 0 : 2;  // in plain loops a known number of rows above one gains nothing
-    const auto run_rows = m == 1 ? &run<1> : m == 2 ? &run<kTwo> : &run<0>;
+    const auto run_rows = m <= kKnownRows ? for_rows<kKnownRows>(m, [](auto rows) { return &run<rows>; }) : &run<0>;
     run_rows(panel, k_steps, operand, m, c, ldc, accumulate);
   }
 
@@ -128,11 +128,16 @@ struct BlockDot {
   static constexpr bool kNarrow = !V::kVnni && Levels::kUnsigned && Fmt::bits < 6;
   static constexpr bool kNarrowSpan = kNarrow && Fmt::bits == 4 && !Levels::kFromZero;
 
+  // Up to so many rows have code for their number: one, two (in plain loops that gains nothing), and of whole bytes those that leave asking
+  // to the hardware.
+  static constexpr int kKnownRows = V::kPlainLoops ? 1 : Fmt::bits == 8 ? std::max(2, Levels::kAskRows - 1) : 2;
+
   // R = m, or 0 for any number.
   template <int R>
   static void run(const std::byte* panel, int k_steps, const std::byte* operand, int m, float* c, std::ptrdiff_t ldc, bool accumulate) {
     constexpr int kSpans = Fmt::k_step / 32, kTile = Fmt::rows * kRowBytes;
-    constexpr bool kBothTiles = R == 0 && V::kVnni && V::kTiles == 2;  // there are registers for the levels of both
+    // There are registers for the levels of both, and the hardware is not to find them in order.
+    constexpr bool kBothTiles = R == 0 && V::kVnni && V::kTiles == 2 && !(V::kHardwareAsks && Fmt::bits == 8);
     const int rows = R ? R : m;
     const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
     const auto* own = x + k_steps * kSpans * Operand::kQuads * rows;

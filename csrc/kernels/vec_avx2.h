@@ -15,7 +15,7 @@ struct Vec {
   static constexpr int kAhead = 8192;
   static constexpr int kAskInto = 3;
   static constexpr int kAskRows = 3;
-  static constexpr bool kAskUnpacked = true;
+  static constexpr bool kHardwareAsks = false;
   static constexpr int kRows = 6;  // 6 x 16 columns = 12 of the 16 registers accumulate
   static constexpr int kTiles = 1;
 

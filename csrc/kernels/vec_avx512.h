@@ -11,7 +11,7 @@ struct Vec {
   static constexpr int kAhead = 8192;
   static constexpr int kAskInto = 2;
   static constexpr int kAskRows = 3;
-  static constexpr bool kAskUnpacked = true;
+  static constexpr bool kHardwareAsks = false;
   static constexpr int kRows = 12;  // 12 x 32 columns = 24 of the 32 registers accumulate
   static constexpr int kTiles = 2;
 

@@ -47,5 +47,5 @@ struct FarBf16Vec : Bf16Vec {
   static constexpr int kAhead = 12288;
   static constexpr int kAskInto = 2;
   static constexpr int kAskRows = 5;
-  static constexpr bool kAskUnpacked = false;
+  static constexpr bool kHardwareAsks = true;
 };

@@ -18,7 +18,7 @@ struct Vec {
   static constexpr int kAhead = 0;
   static constexpr int kAskInto = 3;
   static constexpr int kAskRows = 3;
-  static constexpr bool kAskUnpacked = true;
+  static constexpr bool kHardwareAsks = false;
   static constexpr int kRows = 3;   // rows of C that one inner loop accumulates: 12 of 16 registers of 4 lanes
   static constexpr int kTiles = 1;  // tiles of 16 columns beside each other in it
 

@@ -2,10 +2,10 @@
 //
 // Levels with kInOrder read them as they lie there, one tile of a k-step after the other, and the hardware asks for them ahead unless the
 // instructions on each line keep it from looking far enough: those of formats that are unpacked, from kAskRows rows on those of all, and
-// on CPUs that halve each of them those of int8. On Zen 4 (FarBf16Vec) the hardware does well for few rows of any format, and is asked into
-// the L2 otherwise. Others read two tiles beside each other and always ask, into the L2: an L1 of Intel's has too few misses at a time for
-// one core to fill its share of the bandwidth. Every line must be asked for, rows of scales too: one that is
-// missed waits for memory alone.
+// on CPUs that halve each of them those of int8. On Zen 4 (FarBf16Vec) the hardware does well for few rows of any format (kHardwareAsks),
+// and more of them ask into the L2. Others read two tiles beside each other and always ask, into the L2: an L1 of Intel's has too few
+// misses at a time for one core to fill its share of the bandwidth. Every line must be asked for, rows of scales too: one that is missed
+// waits for memory alone.
 // Include inside the namespace of a level, after Vec.
 
 //   unpacked   few rows of a format that is unpacked
@@ -14,7 +14,7 @@ enum class Ask { never, in_halves, unpacked, always };
 
 template <class V, Ask kAsk, int kDistance = V::kAhead>
 inline __attribute__((always_inline)) void ask_ahead(const std::byte* at) {
-  if (!V::kInOrder || kAsk == Ask::always || (kAsk == Ask::unpacked && V::kAskUnpacked) || (kAsk == Ask::in_halves && avx2_in_halves))
+  if (!V::kInOrder || kAsk == Ask::always || (kAsk == Ask::unpacked && !V::kHardwareAsks) || (kAsk == Ask::in_halves && avx2_in_halves))
     __builtin_prefetch(at + kDistance, 0, V::kAskInto);
 }
 
