@@ -124,6 +124,20 @@ def test_cpu_save_of_tensors_alone_is_used_whatever_the_parameters(tmp_path: Pat
     assert torch.equal(run(wrapper), run(kept))
 
 
+def test_cpu_save_is_used_where_the_files_cannot_be_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GGUF files without the package gguf."""
+    kept = ref.make(SHAPE, "LLAMAFILE", weight_path=checkpoint, cpu_save=True, gguf_type="Q8_0")
+    kept.load_weights()
+
+    def refuse(_: BaseMoEWrapper) -> None:
+        raise ImportError("gguf")
+
+    monkeypatch.setattr(BaseMoEWrapper, "_open_source", refuse)
+    wrapper = ref.make(SHAPE, "LLAMAFILE", weight_path=checkpoint)
+    wrapper.load_weights()
+    assert torch.equal(run(wrapper), run(kept))
+
+
 def test_cpu_save_with_a_damaged_file(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     ref.make(SHAPE, "BF16", weight_path=checkpoint, cpu_save=True).load_weights()
     kept = checkpoint / "ktmoe-BF16" / layer_file(LAYER)
