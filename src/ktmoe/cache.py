@@ -1,6 +1,7 @@
 """Where ktmoe keeps what it can make again: `~/.cache/ktmoe`, or the folder that KTMOE_CACHE names, or nowhere ("off").
 
-packed/NAME-METHOD/ktmoe-layer-00007.safetensors    packed experts, one entry per model (folder or revision) and method
+packed/NAME-METHOD/ktmoe-layer-00007.safetensors    packed experts, one entry per model (folder or revision) and method,
+packed/NAME-METHOD-FORMAT/...                       and per format where the method leaves a choice
 demo/...                                            models of `ktmoe demo`
 """
 

@@ -80,9 +80,12 @@ def pack_layer(
 
 def holds(path: str, info: PackedInfo) -> bool:
     """True if there is a sound file with exactly this content at `path`. Reads the header, not the weights."""
-    if not os.path.exists(path):
-        return False
+    return held(path) == info
+
+
+def held(path: str) -> PackedInfo | None:
+    """What the file at `path` says of itself; None if there is none, or a damaged one, which is to be packed again."""
     try:
-        return read_info(path) == info
+        return read_info(path)
     except WeightFileError:
-        return False
+        return None

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from ktmoe.hf import ThroughputCallback, from_pretrained, lora_config
+from ktmoe.hf import ThroughputCallback, from_pretrained, ktmoe_layers, lora_config
 
 Checkpoint = Callable[[str], Path]
 
@@ -47,6 +47,11 @@ def lora_grads(model: nn.Module) -> dict[str, torch.Tensor]:
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=ids).logits.float()
+
+
+def packs(model: nn.Module) -> list[int]:
+    """How often each layer has packed an adapter."""
+    return [layer.backend.mirror.packs for layer in ktmoe_layers(model)]
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -134,13 +139,12 @@ def test_disable_and_switch_adapters(checkpoint: Checkpoint, method: str) -> Non
     model.add_adapter("second", lora_config(r=2))
     model.set_adapter("second")
     assert torch.equal(logits(model, ids), expected)
-    packs = [experts.backend.mirror.packs for experts in model.modules() if getattr(experts, "is_ktmoe", False)]
+    before = packs(model)
     model.set_adapter("default")
     assert torch.equal(logits(model, ids), first)
     model.set_adapter("second")
     assert torch.equal(logits(model, ids), expected)
-    again = [experts.backend.mirror.packs for experts in model.modules() if getattr(experts, "is_ktmoe", False)]
-    assert again == packs, "adapters that take turns are not packed again"
+    assert packs(model) == before, "adapters that take turns are not packed again"
 
 
 def test_several_active_adapters_add_up(checkpoint: Checkpoint, routing: Any) -> None:
@@ -185,7 +189,7 @@ def test_torch_compile(checkpoint: Checkpoint, method: str) -> None:
     model = from_pretrained(checkpoint("qwen3_moe"), method)
     if method == "AMXBF16_SFT":
         model = get_peft_model(model, lora_config(r=4))
-    randomize_lora(model)
+        randomize_lora(model)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager")
     assert torch.equal(logits(compiled, ids), logits(model, ids))
@@ -209,9 +213,6 @@ def test_what_does_not_change_is_packed_once(checkpoint: Checkpoint, target: str
         with no_grad():
             return model(input_ids=tokens()).logits
 
-    def packs() -> list[int]:
-        return [experts.backend.mirror.packs for experts in model.modules() if getattr(experts, "is_ktmoe", False)]
-
     only = {} if target == "both" else {"target_parameters": [f"experts.{target}"]}
     model = get_peft_model(from_pretrained(checkpoint("qwen3_moe"), "BF16"), lora_config(r=4, **only))
     if target == "both":
@@ -219,15 +220,15 @@ def test_what_does_not_change_is_packed_once(checkpoint: Checkpoint, target: str
         model.base_model.set_adapter(["default", "second"])
     randomize_lora(model)
     first = forward()
-    before = packs()
+    before = packs(model)
     assert torch.equal(forward(), first)
-    assert packs() == before
+    assert packs(model) == before
     with torch.no_grad():
         for name, param in model.named_parameters():
             if "lora_B" in name and "experts" in name:
                 param.mul_(2)
     assert not torch.equal(forward(), first)
-    assert packs() == [count + 1 for count in before]
+    assert packs(model) == [count + 1 for count in before]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from ktmoe.errors import WeightFileError
 from ktmoe.io.fingerprint import folder_fingerprint
 from ktmoe.io.model_shape import read_model_shape
 from ktmoe.io.packed_dir import PackedIndex, is_packed_dir, read_packed_index, write_packed_index
-from ktmoe.io.packed_file import PackedInfo, layer_file, read_info
+from ktmoe.io.packed_file import PackedInfo, layer_file
 from ktmoe.io.packed_writer import PART
 from ktmoe.io.source import Source
 from ktmoe.io.sources import open_source
 from ktmoe.methods import METHODS
-from ktmoe.packing import holds, pack_layer
+from ktmoe.packing import held, pack_layer
 from ktmoe.wrapper import KTMoEWrapper
 
 
@@ -55,12 +55,13 @@ class PackedModel:
         )
         for layer, n_experts in self._experts.items():
             self._wanted[layer] = self._wrapper(layer).packed_info(n_experts, self._fingerprint)
+        there = {layer: held(self._path(layer)) for layer in self.layers}
         if is_packed_dir(str(self._output)):
-            self._check_same(index)
+            self._check_same(index, there)
         elif self._output.is_dir() and any(file.suffix != PART for file in self._output.iterdir()):
             raise UserError(f"{self._output} is not empty and holds no packed experts: choose another folder")
         write_packed_index(str(self._output), index)
-        self._finished = {layer for layer in self.layers if holds(self._path(layer), self._wanted[layer])}
+        self._finished = {layer for layer in self.layers if there[layer] == self._wanted[layer]}
 
     def missing_bytes(self) -> int:
         """Packed bytes that are still to be written."""
@@ -115,7 +116,7 @@ class PackedModel:
             wrapper.adopt_formats(source)
         return wrapper
 
-    def _check_same(self, index: PackedIndex) -> None:
+    def _check_same(self, index: PackedIndex, there: dict[int, PackedInfo | None]) -> None:
         """A folder with another model's or method's files must not become a mixture."""
         try:
             found = read_packed_index(str(self._output))
@@ -127,15 +128,7 @@ class PackedModel:
                 raise UserError(
                     f"{self._output} holds packed experts of another {name} ({got}, not {want}): choose another folder"
                 )
-        for layer, want in self._wanted.items():
-            kept = self._kept(layer)
-            if kept is not None and kept.formats != want.formats:
-                got = " and ".join(dict.fromkeys(kept.formats))
+        for layer, info in there.items():
+            if info is not None and info.formats != self._wanted[layer].formats:
+                got = " and ".join(dict.fromkeys(info.formats))
                 raise UserError(f"{self._path(layer)} holds {got}, as other options make it: choose another folder")
-
-    def _kept(self, layer: int) -> PackedInfo | None:
-        """What the layer's file says of itself; None if there is none, or a damaged one, which is packed again."""
-        try:
-            return read_info(self._path(layer))
-        except (FileNotFoundError, WeightFileError):
-            return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from os import PathLike
 from typing import Any
@@ -15,16 +16,7 @@ from ktmoe.hf.quantised import take_quantization
 _log = logging.getLogger("ktmoe")
 
 _CONFIG_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
-_ENGINE_KEYS = (
-    "cpuinfer_threads",
-    "threadpool_count",
-    "chunked_prefill_size",
-    "cache",
-    "packed",
-    "group_size",
-    "zero_point",
-    "gguf_type",
-)
+_ENGINE_KEYS = inspect.signature(KTMoEConfig).parameters.keys() - {"method", "checkpoint", "kwargs"}
 
 
 def from_pretrained(
