@@ -400,9 +400,6 @@ struct TileGemm {
     Between between;
     After after;
   };
-  struct Nothing {
-    void operator()() const {}
-  };
   using Idle = Meanwhile<Nothing, Nothing>;
 
   // Sums += A B over n steps, for kA A tiles and kB B tiles; B streams, A does (kStreamA) or is used again from L1.
@@ -575,7 +572,7 @@ struct TileGemm {
       constexpr int kRows = 16 / kHalves / kExpandPieces;
       const std::byte* src = pair + 64 * kRows * (half * kExpandPieces + part);
       std::byte* dst = to.a + panel * kPairBytes + part * (kPairBytes / kExpandPieces);
-      const std::byte* ahead = kStored ? Vector::ahead(w_, to.panel + panel, step) : nullptr;  // as Vector::ask_ahead, but row by row
+      const std::byte* ahead = kStored ? pair_ahead(to.panel + panel, step) : nullptr;
       for (int r = 0; r < kRows; ++r, src += 64, dst += 64 * kWords) {
         if (ahead) {
           const std::byte* next = ahead + (src - pair);
@@ -586,8 +583,20 @@ struct TileGemm {
       }
     }
 
+    // What is asked for when the tiles of a panel and a stored step are expanded: those of a few panels ahead, and not the same panel's
+    // next step, because panels often lie a power of two apart, where few of them fit into the L2 at once. Null beyond the last.
+    static constexpr int kPanelsAhead = 8;
+    const std::byte* pair_ahead(int panel, int step) const {
+      const int next = panel + std::min(kPanelsAhead, n_panels_);
+      if (next < n_panels_) return w_.tile(next, 0, step);
+      return step + 1 < w_.layout().k_steps ? w_.tile(next - n_panels_, 0, step + 1) : nullptr;
+    }
+
     void unpack(int panel, int tile, int step, int half) {
-      if (tile == 0 && half == 0) Vector::ask_ahead(w_, panel, step);
+      const FormatInfo& info = format_info(w_.layout().format);
+      if (tile == 0 && half == 0 && step % direct_steps(info) == 0)
+        if (const std::byte* next = pair_ahead(panel, step / direct_steps(info)))
+          for (int at = 0; at < 2 * info.tile_bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
       Unpack<V>::tile(w_, panel, tile, step, unpacked_ + tile * kTileBytes);
     }
 

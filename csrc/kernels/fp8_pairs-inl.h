@@ -104,8 +104,10 @@ struct Fp8Pairs {
           V::store_i(tiles[t] + 2 * row * kRowBytes, pairs.even);
           V::store_i(tiles[t] + (2 * row + 1) * kRowBytes, pairs.odd);
         }
-      mac_rows<V, InCache<Bf16PairDot<V>>>(tiles[0], kTileBytes, sizeof tiles[0], 2, kSteps * s, kSteps, x,
-                                           static_cast<std::size_t>(k_steps) * kStepWords, m, sums, kPanelColumns, false);
+      using Dot = InCache<Bf16PairDot<V>>;
+      const AskInTurns ask(panel + 2 * kTile + V::kAhead, 2 * kTile, 0, 1, mac_turns<V, Dot>(2, kSteps, m));  // beyond Fp8Codes
+      mac_rows<V, Dot>(tiles[0], kTileBytes, sizeof tiles[0], 2, kSteps * s, kSteps, x, static_cast<std::size_t>(k_steps) * kStepWords, m,
+                       sums, kPanelColumns, false, ask);
       const Fp8Scale<V> scale[2] = {Fp8Scale<V>(panel), Fp8Scale<V>(panel + kTile)};
       for (int r = 0; r < m; ++r)
         for (int t = 0; t < 2; ++t) scale[t].add(V::load(sums + r * kPanelColumns + 16 * t), c + r * ldc + 16 * t, s > 0 || accumulate);

@@ -165,7 +165,8 @@ struct VectorGemm {
         const int steps = all - s < kStepBlock ? all - s : kStepBlock;
         for (int i = 0; i < 2 * steps; ++i) Unpack<V>::tile(w, p, i % 2, s + i / 2, tiles + i * kTileBytes);
         mac_rows<V, Dot>(tiles, 2 * kTileBytes, kTileBytes, 2, s, steps, reinterpret_cast<const std::uint32_t*>(operand),
-                         words_per_row(l.format, m, l.k), m, c, kPanelColumns, accumulate || s > 0);
+                         words_per_row(l.format, m, l.k), m, c, kPanelColumns, accumulate || s > 0,
+                         block_after_next(w, p, s, kStepBlock, mac_turns<V, Dot>(2, steps, m)));
       }
   }
 
@@ -181,8 +182,16 @@ struct VectorGemm {
         for (int i = 0; i < 2 * spans; ++i) Unpack<V>::floats(w, p, i / spans, s + i % spans, rows[i / spans] + i % spans * kSpanFloats);
         mac_rows<V, F32Dot<V>>(reinterpret_cast<const std::byte*>(rows), kTileBytes, sizeof rows[0], 2, 2 * s, 2 * spans,
                                reinterpret_cast<const std::uint32_t*>(operand), words_per_row(l.format, m, l.k), m, c, kPanelColumns,
-                               accumulate || s > 0);
+                               accumulate || s > 0, block_after_next(w, p, s, kSpans, mac_turns<V, F32Dot<V>>(2, 2 * spans, m)));
       }
+  }
+
+  // Direct steps of a panel, or of the next one, to be asked for while block s .. s + steps - 1 is multiplied. The next block is not soon
+  // enough, because Unpack asks for parts of it.
+  static AskInTurns block_after_next(const PackedMatrix& w, int p, int s, int steps, int turns) {
+    const FormatInfo& info = format_info(w.layout().format);
+    const auto bytes = [&](int n) { return std::ptrdiff_t{n} * 2 * info.tile_bytes / direct_steps(info); };
+    return {w.panel(p) + bytes(s + 2 * steps), static_cast<int>(bytes(steps)), 0, 1, turns};
   }
 
   template <class Dot>
@@ -232,6 +241,7 @@ struct VectorGemm {
   // Direct k-steps [s0, s1).
   template <int kWords>
   static void backward_steps(const std::byte* operand, int m, const PackedMatrix& w, int s0, int s1, float* c, bool accumulate) {
+    using Dot = typename Products::Cached;
     constexpr int kSteps = 2 / Products::kPerWord;   // steps of mac() in a panel
     constexpr int kPanels = 16 / (kSteps * kWords);  // a round expands 16 KB, half of a small L1
     constexpr std::size_t kPanelBytes = kSteps * kWords * kTileBytes;
@@ -241,13 +251,17 @@ struct VectorGemm {
     for (int s = s0; s < s1; ++s) {
       for (int p = 0; p < n_panels; p += kPanels) {
         const int panels = n_panels - p < kPanels ? n_panels - p : kPanels;
+        const bool few = kFewBack > 0 && m <= kFewBack;
+        AskInTurns ask = next_round(w, p + panels, s, kPanels, few ? panels : mac_turns<V, Dot>(kWords, kSteps * panels, m));
         for (int i = 0; i < panels; ++i) {
-          ask_ahead(w, p + i, s);
           expand<kWords>(w, p + i, s, expanded + static_cast<std::size_t>(i) * kPanelBytes);
+          if (few) ask();
         }
-        mac_rows<V, typename Products::Cached>(expanded, kWords * kTileBytes, kTileBytes, kWords, kSteps * p, kSteps * panels,
-                                               reinterpret_cast<const std::uint32_t*>(operand), grad_words(n_panels), m, planes,
-                                               16 * kWords, p > 0);
+        const auto multiply = [&](auto between) {
+          mac_rows<V, Dot>(expanded, kWords * kTileBytes, kTileBytes, kWords, kSteps * p, kSteps * panels,
+                           reinterpret_cast<const std::uint32_t*>(operand), grad_words(n_panels), m, planes, 16 * kWords, p > 0, between);
+        };
+        few ? multiply(Nothing{}) : multiply(ask);
       }
       for (int r = 0; r < m; ++r) {
         const float* plane = planes + r * 16 * kWords;
@@ -257,21 +271,17 @@ struct VectorGemm {
     }
   }
 
-  // The way back walks over the panels of a k-step, which lie too far apart for the hardware to foresee. What it comes to next is asked
-  // for when the first direct step of a stored one begins: a few panels ahead, and not the same panel's next step, because panels often
-  // lie a power of two apart, where few of them fit into the L2 at once.
-  static constexpr int kPanelsAhead = 8;
-  // The pair of tiles that is so far after that of panel p and a stored step; null beyond the last.
-  static const std::byte* ahead(const PackedMatrix& w, int p, int step) {
-    const int panels = w.layout().n_panels, next = p + std::min(kPanelsAhead, panels);
-    if (next < panels) return w.tile(next, 0, step);
-    return step + 1 < w.layout().k_steps ? w.tile(next - panels, 0, step + 1) : nullptr;
-  }
-  static void ask_ahead(const PackedMatrix& w, int p, int step) {
+  // For so few rows products take so much less than expansion that to ask meanwhile would show.
+  static constexpr int kFewBack = V::kBf16Pairs ? 0 : 4;
+  // The way back walks over the panels of a k-step, which lie too far apart for the hardware to foresee: it asks for the round from panel p
+  // on, of `most` panels, or else for the first one of the next step. A stored step is asked for once, with its first direct step.
+  static AskInTurns next_round(const PackedMatrix& w, int p, int step, int most, int turns) {
     const FormatInfo& info = format_info(w.layout().format);
-    if (step % direct_steps(info)) return;
-    if (const std::byte* next = ahead(w, p, step / direct_steps(info)))
-      for (int at = 0; at < 2 * info.tile_bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
+    const int direct = direct_steps(info), panels = w.layout().n_panels;
+    if (p >= panels) p = 0, ++step;
+    if (step % direct || step / direct >= w.layout().k_steps) return {nullptr, 0, 0, 0, 1};
+    const auto apart = static_cast<std::ptrdiff_t>(w.layout().panel_stride);
+    return {w.tile(p, 0, step / direct), 2 * info.tile_bytes, apart, std::min(most, panels - p), turns};
   }
 
   template <int kWords>

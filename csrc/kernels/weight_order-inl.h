@@ -6,6 +6,9 @@
 // and more of them ask into the L2. Others read two tiles beside each other and always ask, into the L2: an L1 of Intel's has too few
 // misses at a time for one core to fill its share of the bandwidth. Every line must be asked for, rows of scales too: one that is missed
 // waits for memory alone.
+// What is unpacked or transposed in cache before many rows multiply it is asked for during the products before (AskInTurns). Asked for as
+// it is unpacked, memory rests while rows are multiplied, and the core waits before.
+//
 // Include inside the namespace of a level, after Vec.
 
 //   unpacked   few rows of a format that is unpacked
@@ -35,3 +38,21 @@ inline __attribute__((always_inline)) void in_tiles(Use use) {
     }
   }
 }
+
+// Weights that are asked for into the L2 a line at a time, evenly over so many calls: `runs` of `bytes`, `apart` from start to start.
+class AskInTurns {
+ public:
+  AskInTurns(const std::byte* run, int bytes, std::ptrdiff_t apart, int runs, int turns)
+      : run_(run), apart_(apart), bytes_(bytes), lines_(runs * ceil_div(bytes, 64)), turns_(turns) {}
+  inline __attribute__((always_inline)) void operator()() {
+    for (due_ += lines_; due_ >= turns_; due_ -= turns_) {
+      __builtin_prefetch(run_ + at_, 0, 2);
+      if ((at_ += 64) >= bytes_) at_ = 0, run_ += apart_;
+    }
+  }
+
+ private:
+  const std::byte* run_;
+  std::ptrdiff_t apart_;
+  int bytes_, lines_, turns_, at_ = 0, due_ = 0;
+};
