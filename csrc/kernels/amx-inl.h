@@ -12,7 +12,8 @@ template <class V, class T, class Vector>
 struct TileGemm {
   using F = typename V::F;
   static constexpr int kFewRows = 2;    // backward
-  static constexpr int kMaxTiles = 20;  // of 16 rows: block_rows / 16; 64 k-steps of so many rows take 1.25 MB of the L2
+  static constexpr int kMaxTiles = 20;  // of 16 rows; 64 k-steps of so many rows take 1.25 MB of the L2
+  static constexpr int kBlockRows = 16 * kMaxTiles;
   static constexpr int kPairBytes = 2 * kTileBytes;
 
   struct Session {  // the tile registers exist only within a kernel

@@ -1,4 +1,4 @@
-// Few rows times a block format in integers: activations are int8 with one scale per 32 k, levels are bytes, sums are exact.
+// Rows times a block format in integers: activations are int8 with one scale per 32 k, levels are bytes, sums are exact.
 //
 //   w x ~ sum over spans of  x_scale * (scale * sum((q - zero) x8) - shift * sum(x8))
 // where q are bytes, zero belongs to the format, scale and shift of BlockWeights to a block; a format has zero or shift.
@@ -77,29 +77,45 @@ struct BlockOperand {
   static void pack(RowSource rows, int m, int k, int padded, std::byte* dst) {
     auto* words = reinterpret_cast<std::uint32_t*>(dst);
     auto* own = words + padded / 32 * kQuads * m;
-    for (int j = 0; j < padded; j += 32)
-      for (int r = 0; r < m; ++r, words += kQuads, own += kOwn) {
-        const bf16* row = rows.row<bf16>(r);
-        const F first = load_row<V>(row, j, k), second = load_row<V>(row, j + 16, k);
-        const F poison = V::add(V::mul(first, V::set(0.0f)), V::mul(second, V::set(0.0f)));
-        const float scale = V::hmax(V::max(V::abs(first), V::abs(second))) / 127.0f;
-        const float inverse = scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f;
-        alignas(64) std::int8_t x[32];
-        V::store_s8(x, V::to_i(V::mul(first, V::set(inverse))));
-        V::store_s8(x + 16, V::to_i(V::mul(second, V::set(inverse))));
-        for (int q = 0; q < kQuads; ++q) {
-          std::int8_t quad[4];  // nibbles: even k, then odd k; bytes: four consecutive k
-          for (int b = 0; b < 4; ++b) quad[b] = Fmt::bits == 8 ? x[4 * q + b] : x[8 * (q / 2) + 2 * b + q % 2];
-          std::memcpy(words + q, quad, 4);
-        }
-        int sum[2] = {};
-        for (int i = 0; i < 32; ++i) sum[Levels::kTwoScales ? i / 16 : 0] += x[i];
-        const float x_scale = V::hsum(poison) == 0.0f ? scale : std::numeric_limits<float>::quiet_NaN();
-        own[0] = std::bit_cast<std::uint32_t>(x_scale);
-        for (int i = 1; i < kOwn; ++i)
-          own[i] = Levels::kShift ? std::bit_cast<std::uint32_t>(x_scale * static_cast<float>(sum[0]))
-                                  : static_cast<std::uint32_t>(-Levels::kZero * sum[i - 1]);
-      }
+    for (int r = 0; r < m; ++r) {
+      const bf16* row = rows.row<bf16>(r);
+      for (int j = 0; j < padded / 32; ++j) pack_span(row, 32 * j, k, words + (j * m + r) * kQuads, own + (j * m + r) * kOwn);
+    }
+  }
+
+ private:
+  using I = typename V::I;
+  static void pack_span(const bf16* row, int j, int k, std::uint32_t* words, std::uint32_t* own) {
+    const F x[2] = {load_row<V>(row, j, k), load_row<V>(row, j + 16, k)};
+    const float scale = V::hmax(V::max(V::abs(x[0]), V::abs(x[1]))) / 127.0f;
+    const float inverse = scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f;
+    std::int8_t bytes[32];
+    F level[2];  // NaN instead of a number that is not finite
+    for (int i = 0; i < 2; ++i) {
+      const I rounded = V::to_i(V::mul(x[i], V::set(inverse)));
+      V::store_s8(bytes + 16 * i, rounded);
+      level[i] = V::add(V::to_f(rounded), V::mul(x[i], V::set(0.0f)));
+    }
+    for (int i = 0; i < 4; ++i) {
+      std::uint64_t quads = load_as<std::uint64_t>(reinterpret_cast<const std::byte*>(bytes + 8 * i));
+      if constexpr (Fmt::bits < 8) quads = even_then_odd(quads);  // as nibbles come; bytes are four consecutive k
+      std::memcpy(words + 2 * i, &quads, 8);
+    }
+    const float sum[2] = {V::hsum(Levels::kTwoScales ? level[0] : V::add(level[0], level[1])),
+                          Levels::kTwoScales ? V::hsum(level[1]) : 0.0f};
+    const bool finite = sum[0] - sum[0] == 0.0f && sum[1] - sum[1] == 0.0f;
+    const float x_scale = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+    own[0] = std::bit_cast<std::uint32_t>(x_scale);
+    for (int i = 1; i < kOwn; ++i)
+      own[i] = Levels::kShift ? std::bit_cast<std::uint32_t>(x_scale * sum[0])
+                              : static_cast<std::uint32_t>(finite ? -Levels::kZero * static_cast<int>(sum[i - 1]) : 0);
+  }
+  // Bytes 0 .. 7 -> 0, 2, 4, 6, 1, 3, 5, 7.
+  static std::uint64_t even_then_odd(std::uint64_t x) {
+    std::uint64_t t = (x ^ x >> 8) & 0x0000ff000000ff00u;
+    x ^= t ^ t << 8;
+    t = (x ^ x >> 16) & 0x00000000ffff0000u;
+    return x ^ t ^ t << 16;
   }
 };
 
@@ -111,8 +127,8 @@ struct BlockDot {
   using Levels = BlockLevels<V, Fmt>;
   using Operand = BlockOperand<V, Fmt>;
   static constexpr int kAsked = Levels::kAsked;
-  // More rows pay for unpacking the weights, and their activations stay exact. Plain loops multiply signed bytes slowly.
-  static constexpr int kMostRows = V::kPlainLoops && !Levels::kUnsigned && !V::kVnni ? 4 : 16;
+  // Plain loops multiply signed bytes slowly.
+  static constexpr int kMostRows = V::kPlainLoops && !Levels::kUnsigned && !V::kVnni ? 4 : kMostBlockRows;
 
   static std::size_t bytes(int m, int padded) { return Operand::bytes(m, padded); }
   static void pack(RowSource rows, int m, int k, int padded, std::byte* dst) { Operand::pack(rows, m, k, padded, dst); }

@@ -50,7 +50,7 @@ template <class V>
 struct Fp8Pairs {
   using F = typename V::F;
   using I = typename V::I;
-  static constexpr int kMostRows = 256;  // any: more than kFewRows through tiles in cache
+  static constexpr int kMostRows = kMostBlockRows;  // more than kFewRows through tiles in cache
   static constexpr int kFewRows = 2 * V::kRows;
   static constexpr int kTile = Fp8Format::rows * kRowBytes, kCodeRows = Fp8Format::rows - Fp8Format::scale_rows;
   static constexpr int kStepWords = Fp8Format::k_step / 2;

@@ -8,28 +8,28 @@ template <class V>
 struct VectorGemm {
   using F = typename V::F;
   using Products = std::conditional_t<V::kBf16Pairs, Bf16Products<V>, Fp32Products<V>>;
-  static constexpr int kMaxBlockRows = 256;
+  static constexpr int kBlockRows = kMostBlockRows;
 
-  // What multiplies few rows of a block format (up to kMostRows).
+  // What multiplies up to kMostRows rows of a block format.
   template <class Fmt>
-  static auto few_blocks() {
+  static auto block_dot() {
     if constexpr (std::is_same_v<Fmt, Fp8Format>)
       return std::conditional_t<V::kBf16Pairs, Fp8Pairs<V>, Fp8Dot<V>>{};
     else
       return BlockDot<V, Fmt>{};
   }
-  // use(few_blocks()) if the format has one that takes m rows.
+  // use(block_dot()) if the format has one that takes m rows.
   template <class Use>
-  static bool with_few_blocks(WeightFormat format, int m, Use use) {
+  static bool with_block_dot(WeightFormat format, int m, Use use) {
     switch (format) {
 #define KTMOE_FORMAT(id, traits) \
   case WeightFormat::id:         \
     break;
 #define KTMOE_BLOCK_FORMAT(id, traits)              \
   case WeightFormat::id: {                          \
-    const auto few = few_blocks<traits>();          \
-    if (m > decltype(few)::kMostRows) return false; \
-    use(few);                                       \
+    const auto dot = block_dot<traits>();           \
+    if (m > decltype(dot)::kMostRows) return false; \
+    use(dot);                                       \
     return true;                                    \
   }
 #include "format/formats.inc"
@@ -40,7 +40,7 @@ struct VectorGemm {
 
   static bool int8_products(WeightFormat format) { return format_info(format).direct == WeightFormat::int8; }
   // Up to so many rows of int4 are multiplied from registers; for more, weights become int8 tiles in cache.
-  static constexpr int kFewInt4 = V::kVnni ? 2 * V::kRows : kMaxBlockRows;
+  static constexpr int kFewInt4 = V::kVnni ? 2 * V::kRows : kMostBlockRows;
   // So many of them by Int4Blocks, which have an operand of their own: all without the registers of AVX-512, or without VNNI.
   static constexpr int kInt4BlockRows = !V::kVnni || V::kTiles == 1 ? kFewInt4 : V::kInOrder ? 2 : 0;
   static bool in_int4_blocks(WeightFormat format, int m) { return format == WeightFormat::int4 && m <= kInt4BlockRows; }
@@ -56,13 +56,13 @@ struct VectorGemm {
 
   static std::size_t operand_bytes(WeightFormat format, int m, int k) {
     std::size_t bytes = static_cast<std::size_t>(m) * (words_per_row(format, m, k) * 4 + 8);  // 8: the scale and offset of int8
-    with_few_blocks(format, m, [&](auto few) { bytes = few.bytes(m, round_up(k, format_info(format).k_step)); });
+    with_block_dot(format, m, [&](auto dot) { bytes = dot.bytes(m, round_up(k, format_info(format).k_step)); });
     return bytes;
   }
 
   static void pack_operand(WeightFormat format, RowSource rows, const float* row_scale, int m, int k, std::byte* dst) {
     const int padded = round_up(k, format_info(format).k_step);
-    if (with_few_blocks(format, m, [&](auto few) { few.pack(rows, m, k, padded, dst); })) return;
+    if (with_block_dot(format, m, [&](auto dot) { dot.pack(rows, m, k, padded, dst); })) return;
     if (!int8_products(format)) return Products::pack(rows, m, k, padded, dst);
     auto* scale = reinterpret_cast<float*>(dst) + static_cast<std::size_t>(m) * words_per_row(format, m, k);
     auto* offset = reinterpret_cast<std::int32_t*>(scale + m);
@@ -126,21 +126,18 @@ struct VectorGemm {
       default:
         break;
     }
-    if (with_few_blocks(w.layout().format, m, [&](auto few) {
+    if (with_block_dot(w.layout().format, m, [&](auto dot) {
           for (int p = p0; p < p1; ++p, c += c_block_floats(m))
-            few.panel(operand, m, w.layout().k_padded(), w.panel(p), w.layout().k_steps, c, kPanelColumns, accumulate);
+            dot.panel(operand, m, w.layout().k_padded(), w.panel(p), w.layout().k_steps, c, kPanelColumns, accumulate);
         }))
       return;
-    if constexpr (V::kBf16Pairs)
-      forward_unpacked<typename Products::Cached>(operand, m, w, p0, p1, c, accumulate);
-    else
-      forward_floats(operand, m, w, p0, p1, c, accumulate);
+    forward_floats(operand, m, w, p0, p1, c, accumulate);
   }
 
   static void forward_int4(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
     const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
     const PackedLayout& l = w.layout();
-    if (m > kFewInt4) return forward_unpacked<InCache<Int8Dot<V>>>(operand, m, w, p0, p1, c, false);
+    if (m > kFewInt4) return forward_unpacked_int4(operand, m, w, p0, p1, c);
     if (in_int4_blocks(l.format, m)) {
       if constexpr (kInt4BlockRows > 0)
         for (int p = p0; p < p1; ++p, c += c_block_floats(m))
@@ -154,9 +151,9 @@ struct VectorGemm {
     }
   }
 
-  // Each step block becomes direct tiles once, then all rows pass by.
-  template <class Dot>
-  static void forward_unpacked(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
+  // Each step block becomes int8 tiles once, then all rows pass by.
+  static void forward_unpacked_int4(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {
+    using Dot = InCache<Int8Dot<V>>;
     alignas(64) std::byte tiles[kStepBlockBytes];
     const PackedLayout& l = w.layout();
     const int all = l.k_steps * direct_steps(format_info(l.format));
@@ -165,12 +162,12 @@ struct VectorGemm {
         const int steps = all - s < kStepBlock ? all - s : kStepBlock;
         for (int i = 0; i < 2 * steps; ++i) Unpack<V>::tile(w, p, i % 2, s + i / 2, tiles + i * kTileBytes);
         mac_rows<V, Dot>(tiles, 2 * kTileBytes, kTileBytes, 2, s, steps, reinterpret_cast<const std::uint32_t*>(operand),
-                         words_per_row(l.format, m, l.k), m, c, kPanelColumns, accumulate || s > 0,
+                         words_per_row(l.format, m, l.k), m, c, kPanelColumns, s > 0,
                          block_after_next(w, p, s, kStepBlock, mac_turns<V, Dot>(2, steps, m)));
       }
   }
 
-  // Block formats where products are fp32: the same with floats, which need no rounding to bf16. 128 k of a panel are 16 KB.
+  // Block formats whose rows are not multiplied as they lie there: the same with floats. 128 k of a panel are 16 KB.
   static void forward_floats(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c, bool accumulate) {
     constexpr int kSpans = 4, kSpanFloats = 32 * 16;
     alignas(64) float rows[2][kSpans * kSpanFloats];
@@ -246,7 +243,7 @@ struct VectorGemm {
     constexpr int kPanels = 16 / (kSteps * kWords);  // a round expands 16 KB, half of a small L1
     constexpr std::size_t kPanelBytes = kSteps * kWords * kTileBytes;
     alignas(64) std::byte expanded[kPanels * kPanelBytes];
-    alignas(64) float planes[kMaxBlockRows * 16 * kWords];
+    alignas(64) float planes[kMostBlockRows * 16 * kWords];
     const int n_panels = w.layout().n_panels;
     for (int s = s0; s < s1; ++s) {
       for (int p = 0; p < n_panels; p += kPanels) {
@@ -314,7 +311,7 @@ struct VectorGemm {
 
   static void outer(const std::byte* operand, int m, int p_columns, RowSource q, int q_tile_stride, int n_tiles, float* out,
                     std::ptrdiff_t ld_out, bool accumulate) {
-    alignas(64) std::byte expanded[kMaxBlockRows * 64 / Products::kPerWord];
+    alignas(64) std::byte expanded[kMostBlockRows * 64 / Products::kPerWord];
     const int steps = outer_steps(m);
     for (int t = 0; t < n_tiles; ++t) {
       Products::outer_rows(q, m, static_cast<std::ptrdiff_t>(t) * q_tile_stride, expanded);

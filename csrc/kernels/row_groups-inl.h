@@ -1,6 +1,9 @@
 // Rows of bf16 activations, and few of them in groups whose sums stay in registers: an operand is one group after the other.
 // Include inside the namespace of a level, after Vec.
 
+// Of vector levels, whose kernels have room for so many.
+inline constexpr int kMostBlockRows = 96;
+
 // 16 floats of a bf16 row from column j; columns at or beyond `columns` are zero and are not read.
 template <class V>
 inline typename V::F load_row(const bf16* row, int j, int columns) {

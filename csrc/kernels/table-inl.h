@@ -2,12 +2,12 @@
 // level.
 
 template <class Gemm, class V>
-constexpr KernelTable make_table(Isa isa, int block_rows) {
+constexpr KernelTable make_table(Isa isa) {
   using E = Elementwise<V>;
   using A = Activations<V>;
   return {
       .isa = isa,
-      .block_rows = block_rows,
+      .block_rows = Gemm::kBlockRows,
       .row_scales = &E::row_scales,
       .pack_tile = &E::pack_tile,
       .quantize_blocks = &BlockQuantizer<V>::blocks,

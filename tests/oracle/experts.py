@@ -48,15 +48,17 @@ def to_int8_spans(x: torch.Tensor) -> torch.Tensor:
 class Rounding:
     """activations: None (exact), "bf16" or "int8". slices: (first, number) of columns of h with their own scale.
 
-    span_rows: an expert with so many rows rounds its activations to int8, one scale for each 32 columns.
+    span_rows: an expert with so many rows rounds its activations to int8, one scale for each 32 columns; h_span_rows: so
+    for h, if down's format is another one.
     """
 
     activations: str | None
     slices: tuple[tuple[int, int], ...] = ()
     span_rows: int = 0
+    h_span_rows: int | None = None
 
     def operand(self, x: torch.Tensor, is_h: bool = False) -> torch.Tensor:
-        if len(x) <= self.span_rows:
+        if len(x) <= (self.h_span_rows if is_h and self.h_span_rows is not None else self.span_rows):
             return to_int8_spans(x)
         if self.activations != "int8":
             return x

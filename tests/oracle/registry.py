@@ -30,10 +30,15 @@ def activations(fmt: str) -> str:
 
 
 def span_rows(fmt: str, isa: str) -> int:
-    """Up to so many rows of an expert the kernels multiply levels with activations in int8, one scale for each 32 k."""
+    """Up to so many rows of an expert the kernels multiply levels with activations in int8, one scale for each 32 k.
+
+    AMX then goes on in bf16; the portable level is slow at multiplying signed bytes.
+    """
     if fmt == "fp8" or not _ext.testing.published(fmt):
         return 0
-    return 4 if isa == "portable" and fmt in ("q8_0", "iq4_nl") else 16
+    if isa.endswith("amx"):
+        return 16
+    return 4 if isa == "portable" and fmt in ("q8_0", "iq4_nl") else 10**9
 
 
 # Integer products: exact sums, equal bits on every level.

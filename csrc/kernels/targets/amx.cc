@@ -26,7 +26,7 @@ namespace amx {
 #include "kernels/amx-inl.h"
 // clang-format on
 using Gemm = TileGemm<RoundingVec, HardwareTiles, VectorGemm<RoundingVec>>;
-constexpr KernelTable table = make_table<Gemm, RoundingVec>(Isa::amx, 16 * Gemm::kMaxTiles);
+constexpr KernelTable table = make_table<Gemm, RoundingVec>(Isa::amx);
 }  // namespace amx
 }  // namespace ktmoe
 

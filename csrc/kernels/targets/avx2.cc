@@ -16,7 +16,7 @@ namespace ktmoe {
 namespace avx2 {
 #include "kernels/vec_avx2.h"
 #include "kernels/vector-inl.h"
-constexpr KernelTable table = make_table<VectorGemm<Vec>, Vec>(Isa::avx2, 96);
+constexpr KernelTable table = make_table<VectorGemm<Vec>, Vec>(Isa::avx2);
 }  // namespace avx2
 }  // namespace ktmoe
 

@@ -18,7 +18,7 @@ namespace ktmoe {
 namespace avx512 {
 #include "kernels/vec_avx512.h"
 #include "kernels/vector-inl.h"
-constexpr KernelTable table = make_table<VectorGemm<Vec>, Vec>(Isa::avx512, 96);
+constexpr KernelTable table = make_table<VectorGemm<Vec>, Vec>(Isa::avx512);
 }  // namespace avx512
 }  // namespace ktmoe
 

@@ -22,8 +22,8 @@ namespace avx512bf16 {
 #include "kernels/vec_bf16.h"
 #include "kernels/vector-inl.h"
 // clang-format on
-constexpr KernelTable table = make_table<VectorGemm<Bf16Vec>, Bf16Vec>(Isa::avx512bf16, 96);
-constexpr KernelTable far_table = make_table<VectorGemm<FarBf16Vec>, Bf16Vec>(Isa::avx512bf16, 96);
+constexpr KernelTable table = make_table<VectorGemm<Bf16Vec>, Bf16Vec>(Isa::avx512bf16);
+constexpr KernelTable far_table = make_table<VectorGemm<FarBf16Vec>, Bf16Vec>(Isa::avx512bf16);
 }  // namespace avx512bf16
 }  // namespace ktmoe
 

@@ -19,7 +19,7 @@ namespace avx512vnni {
 #include "kernels/vec_avx512.h"
 #include "kernels/vec_vnni.h"
 #include "kernels/vector-inl.h"
-constexpr KernelTable table = make_table<VectorGemm<VnniVec>, VnniVec>(Isa::avx512vnni, 96);
+constexpr KernelTable table = make_table<VectorGemm<VnniVec>, VnniVec>(Isa::avx512vnni);
 }  // namespace avx512vnni
 }  // namespace ktmoe
 

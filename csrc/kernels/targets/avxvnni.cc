@@ -19,7 +19,7 @@ namespace avxvnni {
 #include "kernels/vec_avxvnni.h"
 #include "kernels/vector-inl.h"
 // clang-format on
-constexpr KernelTable table = make_table<VectorGemm<VnniVec>, VnniVec>(Isa::avxvnni, 96);
+constexpr KernelTable table = make_table<VectorGemm<VnniVec>, VnniVec>(Isa::avxvnni);
 }  // namespace avxvnni
 }  // namespace ktmoe
 

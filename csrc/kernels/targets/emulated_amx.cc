@@ -18,7 +18,7 @@ namespace emulated_amx {
 #include "kernels/amx-inl.h"
 // clang-format on
 using Gemm = TileGemm<EmulatedVec, SoftwareTiles, VectorGemm<EmulatedVec>>;
-constexpr KernelTable table = make_table<Gemm, EmulatedVec>(Isa::emulated_amx, 16 * Gemm::kMaxTiles);
+constexpr KernelTable table = make_table<Gemm, EmulatedVec>(Isa::emulated_amx);
 }  // namespace emulated_amx
 
 const KernelTable& emulated_amx_kernels() {

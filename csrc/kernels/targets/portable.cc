@@ -11,7 +11,7 @@ namespace ktmoe {
 namespace portable {
 #include "kernels/vec_portable.h"
 #include "kernels/vector-inl.h"
-constexpr KernelTable table = make_table<VectorGemm<Vec>, Vec>(Isa::portable, 64);
+constexpr KernelTable table = make_table<VectorGemm<Vec>, Vec>(Isa::portable);
 }  // namespace portable
 
 const KernelTable& portable_kernels() {
