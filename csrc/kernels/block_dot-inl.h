@@ -134,7 +134,9 @@ struct BlockDot {
   static void pack(RowSource rows, int m, int k, int padded, std::byte* dst) { Operand::pack(rows, m, k, padded, dst); }
   static void panel(const std::byte* operand, int m, int /*padded*/, const std::byte* panel, int k_steps, float* c, std::ptrdiff_t ldc,
                     bool accumulate) {
-    const auto run_rows = m <= kKnownRows ? for_rows<kKnownRows>(m, [](auto rows) { return &run<rows>; }) : &run<0>;
+    auto run_rows = &run<0>;
+    if constexpr (kKnownRows > 0)
+      if (m <= kKnownRows) run_rows = for_rows<kKnownRows>(m, [](auto rows) { return &run<rows>; });
     run_rows(panel, k_steps, operand, m, c, ldc, accumulate);
   }
 
@@ -145,8 +147,11 @@ struct BlockDot {
   static constexpr bool kNarrowSpan = kNarrow && Fmt::bits == 4 && !Levels::kFromZero;
 
   // Up to so many rows have code for their number: one, two (in plain loops that gains nothing), and of whole bytes those that leave asking
-  // to the hardware.
-  static constexpr int kKnownRows = V::kPlainLoops ? 1 : Fmt::bits == 8 ? std::max(2, Levels::kAskRows - 1) : 2;
+  // to the hardware. It does not foresee levels of 5 and 6 bits, whose parts lie apart.
+  static constexpr int kKnownRows = V::kPlainLoops                                           ? 1
+                                    : Fmt::bits == 8                                         ? std::max(2, Levels::kAskRows - 1)
+                                    : V::kHardwareAsks && (Fmt::bits == 5 || Fmt::bits == 6) ? 0
+                                                                                             : 2;
 
   // R = m, or 0 for any number.
   template <int R>

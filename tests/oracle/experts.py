@@ -48,8 +48,8 @@ def to_int8_spans(x: torch.Tensor) -> torch.Tensor:
 class Rounding:
     """activations: None (exact), "bf16" or "int8". slices: (first, number) of columns of h with their own scale.
 
-    span_rows: an expert with so many rows rounds its activations to int8, one scale for each 32 columns; h_span_rows: so
-    for h, if down's format is another one.
+    span_rows: an expert with so many rows rounds its activations to int8, one scale for each 32 columns.
+    h_span_rows: the same for h, if down's format is another one.
     """
 
     activations: str | None

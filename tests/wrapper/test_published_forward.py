@@ -13,8 +13,8 @@ from ktmoe.io.published import dequantize
 from ktmoe.io.sources import open_source
 
 LAYER = 3
-# Weights of some formats are rounded to bf16 (2**-9 of a value), the output too; and an h that lies on a rounding tie can
-# become another int8 number here than in the kernels.
+# Weights of some formats are rounded to bf16 (2**-9 of a value), the output too; and an h that lies on a rounding tie
+# can become another int8 number here than in the kernels.
 TOLERANCE = 2.0**-6
 
 
