@@ -17,7 +17,9 @@ struct BlockLevels {
     return !kUnsigned && Int8Dot<V>::unsigned_weights ? 128 : 0;  // signed bytes, which VNNI takes as unsigned ones
   }();
 
-  static constexpr int kAskRows = V::kHardwareAsks && Fmt::bits == 8 ? 6 : V::kAskRows;
+  // Up to so many rows of whole bytes leave asking to the hardware.
+  static constexpr bool kHardwareAsks = V::kHardwareAsks && Fmt::bits == 8;
+  static constexpr int kAskRows = kHardwareAsks ? 6 : V::kAskRows, kHardwareRows = Fmt::bits == 8 ? kAskRows - 1 : 0;
   static constexpr int kAsked = -1;
   // For R rows, 0 for any number, kAsked if this has been done. A few leave asking for whole bytes to the hardware, and are faster with
   // less ahead in the large tiles of K-quants.
@@ -147,18 +149,16 @@ struct BlockDot {
   static constexpr bool kNarrowSpan = kNarrow && Fmt::bits == 4 && !Levels::kFromZero;
 
   // Up to so many rows have code for their number: one, two (in plain loops that gains nothing), and of whole bytes those that leave asking
-  // to the hardware. It does not foresee levels of 5 and 6 bits, whose parts lie apart.
-  static constexpr int kKnownRows = V::kPlainLoops                                           ? 1
-                                    : Fmt::bits == 8                                         ? std::max(2, Levels::kAskRows - 1)
-                                    : V::kHardwareAsks && (Fmt::bits == 5 || Fmt::bits == 6) ? 0
-                                                                                             : 2;
+  // to the hardware. Where the hardware does it for all formats, it does not foresee levels whose parts lie apart: these have none.
+  static constexpr bool kApart = Fmt::bits == 5 || Fmt::bits == 6;
+  static constexpr int kKnownRows = V::kPlainLoops ? 1 : V::kHardwareAsks && kApart ? 0 : std::max(2, Levels::kHardwareRows);
 
   // R = m, or 0 for any number.
   template <int R>
   static void run(const std::byte* panel, int k_steps, const std::byte* operand, int m, float* c, std::ptrdiff_t ldc, bool accumulate) {
     constexpr int kSpans = Fmt::k_step / 32, kTile = Fmt::rows * kRowBytes;
     // There are registers for the levels of both, and the hardware is not to find them in order.
-    constexpr bool kBothTiles = R == 0 && V::kVnni && V::kTiles == 2 && !(V::kHardwareAsks && Fmt::bits == 8);
+    constexpr bool kBothTiles = R == 0 && V::kVnni && V::kTiles == 2 && !Levels::kHardwareAsks;
     const int rows = R ? R : m;
     const auto* x = reinterpret_cast<const std::uint32_t*>(operand);
     const auto* own = x + k_steps * kSpans * Operand::kQuads * rows;

@@ -276,7 +276,7 @@ struct VectorGemm {
     const FormatInfo& info = format_info(w.layout().format);
     const int direct = direct_steps(info), panels = w.layout().n_panels;
     if (p >= panels) p = 0, ++step;
-    if (step % direct || step / direct >= w.layout().k_steps) return {nullptr, 0, 0, 0, 1};
+    if (step % direct || step / direct >= w.layout().k_steps) return {};
     const auto apart = static_cast<std::ptrdiff_t>(w.layout().panel_stride);
     return {w.tile(p, 0, step / direct), 2 * info.tile_bytes, apart, std::min(most, panels - p), turns};
   }

@@ -42,6 +42,7 @@ inline __attribute__((always_inline)) void in_tiles(Use use) {
 // Weights that are asked for into the L2 a line at a time, evenly over so many calls: `runs` of `bytes`, `apart` from start to start.
 class AskInTurns {
  public:
+  AskInTurns() = default;  // none
   AskInTurns(const std::byte* run, int bytes, std::ptrdiff_t apart, int runs, int turns)
       : run_(run), apart_(apart), bytes_(bytes), lines_(runs * ceil_div(bytes, 64)), turns_(turns) {}
   inline __attribute__((always_inline)) void operator()() {
@@ -52,7 +53,7 @@ class AskInTurns {
   }
 
  private:
-  const std::byte* run_;
-  std::ptrdiff_t apart_;
-  int bytes_, lines_, turns_, at_ = 0, due_ = 0;
+  const std::byte* run_ = nullptr;
+  std::ptrdiff_t apart_ = 0;
+  int bytes_ = 0, lines_ = 0, turns_ = 1, at_ = 0, due_ = 0;
 };
