@@ -149,9 +149,10 @@ struct BlockDot {
   static constexpr bool kNarrowSpan = kNarrow && Fmt::bits == 4 && !Levels::kFromZero;
 
   // Up to so many rows have code for their number: one, two (in plain loops that gains nothing), and of whole bytes those that leave asking
-  // to the hardware. Where the hardware does it for all formats, it does not foresee levels whose parts lie apart: these have none.
+  // to the hardware. Levels whose parts lie apart have none on AVX-512 in order: the hardware does not foresee them.
   static constexpr bool kApart = Fmt::bits == 5 || Fmt::bits == 6;
-  static constexpr int kKnownRows = V::kPlainLoops ? 1 : V::kHardwareAsks && kApart ? 0 : std::max(2, Levels::kHardwareRows);
+  static constexpr bool kNone = V::kInOrder && V::kTiles == 2 && kApart;
+  static constexpr int kKnownRows = V::kPlainLoops ? 1 : kNone ? 0 : std::max(2, Levels::kHardwareRows);
 
   // R = m, or 0 for any number.
   template <int R>
