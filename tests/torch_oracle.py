@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from oracle.experts import Rounding
 from oracle.registry import span_rows
 from torch import Tensor
 from torch.nn.functional import silu
@@ -28,13 +29,20 @@ SFT = [m.name for m in METHODS.values() if m.mode == "sft"]
 ISAS = _ext.test_isa_levels()
 
 # bf16 keeps 8 bits: half an ulp is 2**-9 of the value. h and the output are rounded: a row errs by less than 2**-7.
-# Block formats other than fp8 also round the activations of a few rows to int8, one scale per 32: half a step is 2**-8
-# of the largest, before each of two products.
+# Block formats other than fp8 also round activations to int8 (see span_rows), one scale per 32: half a step is 2**-8 of
+# the largest, before each of two products.
 
 
 def int8_products(wrapper: BaseMoEWrapper) -> bool:
     """Whether the layer rounds its activations to int8."""
     return str(_ext.testing.direct(wrapper.layer.format)) == "int8"
+
+
+def rounding(wrapper: BaseMoEWrapper) -> Rounding:
+    """How the layer rounds its activations."""
+    layer = wrapper.layer
+    spans = (span_rows(f, layer.isa) for f in (layer.format, layer.down_format))
+    return Rounding("int8" if int8_products(wrapper) else "bf16", (), *spans)
 
 
 def forward_tolerance(wrapper: BaseMoEWrapper) -> float:

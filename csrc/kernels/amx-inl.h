@@ -593,11 +593,16 @@ struct TileGemm {
       return step + 1 < w_.layout().k_steps ? w_.tile(next - n_panels_, 0, step + 1) : nullptr;
     }
 
-    void unpack(int panel, int tile, int step, int half) {
+    // Of a direct step: all at once with the first one of a stored step.
+    void ask_ahead(int panel, int step) const {
       const FormatInfo& info = format_info(w_.layout().format);
-      if (tile == 0 && half == 0 && step % direct_steps(info) == 0)
-        if (const std::byte* next = pair_ahead(panel, step / direct_steps(info)))
-          for (int at = 0; at < 2 * info.tile_bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
+      if (step % direct_steps(info)) return;
+      if (const std::byte* next = pair_ahead(panel, step / direct_steps(info)))
+        for (int at = 0; at < 2 * info.tile_bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
+    }
+
+    void unpack(int panel, int tile, int step, int half) {
+      if (tile == 0 && half == 0) ask_ahead(panel, step);
       Unpack<V>::tile(w_, panel, tile, step, unpacked_ + tile * kTileBytes);
     }
 

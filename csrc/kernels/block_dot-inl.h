@@ -17,9 +17,9 @@ struct BlockLevels {
     return !kUnsigned && Int8Dot<V>::unsigned_weights ? 128 : 0;  // signed bytes, which VNNI takes as unsigned ones
   }();
 
-  // Up to so many rows of whole bytes leave asking to the hardware.
+  // Whole bytes, of which fewer than kAskRows rows leave asking to the hardware.
   static constexpr bool kHardwareAsks = V::kHardwareAsks && Fmt::bits == 8;
-  static constexpr int kAskRows = kHardwareAsks ? 6 : V::kAskRows, kHardwareRows = Fmt::bits == 8 ? kAskRows - 1 : 0;
+  static constexpr int kAskRows = kHardwareAsks ? 6 : V::kAskRows;
   static constexpr int kAsked = -1;
   // For R rows, 0 for any number, kAsked if this has been done. A few leave asking for whole bytes to the hardware, and are faster with
   // less ahead in the large tiles of K-quants.
@@ -99,7 +99,7 @@ struct BlockOperand {
       level[i] = V::add(V::to_f(rounded), V::mul(x[i], V::set(0.0f)));
     }
     for (int i = 0; i < 4; ++i) {
-      std::uint64_t quads = load_as<std::uint64_t>(reinterpret_cast<const std::byte*>(bytes + 8 * i));
+      std::uint64_t quads = load_as<std::uint64_t>(bytes + 8 * i);
       if constexpr (Fmt::bits < 8) quads = even_then_odd(quads);  // as nibbles come; bytes are four consecutive k
       std::memcpy(words + 2 * i, &quads, 8);
     }
@@ -152,7 +152,7 @@ struct BlockDot {
   // to the hardware. Levels whose parts lie apart have none on AVX-512 in order: the hardware does not foresee them.
   static constexpr bool kApart = Fmt::bits == 5 || Fmt::bits == 6;
   static constexpr bool kNone = V::kInOrder && V::kTiles == 2 && kApart;
-  static constexpr int kKnownRows = V::kPlainLoops ? 1 : kNone ? 0 : std::max(2, Levels::kHardwareRows);
+  static constexpr int kKnownRows = V::kPlainLoops ? 1 : kNone ? 0 : Levels::kHardwareAsks ? Levels::kAskRows - 1 : 2;
 
   // R = m, or 0 for any number.
   template <int R>

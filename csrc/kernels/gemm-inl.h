@@ -131,7 +131,7 @@ struct VectorGemm {
             dot.panel(operand, m, w.layout().k_padded(), w.panel(p), w.layout().k_steps, c, kPanelColumns, accumulate);
         }))
       return;
-    forward_floats(operand, m, w, p0, p1, c, accumulate);
+    if constexpr (!V::kBf16Pairs) forward_floats(operand, m, w, p0, p1, c, accumulate);  // pairs have a block_dot() for all rows
   }
 
   static void forward_int4(const std::byte* operand, int m, const PackedMatrix& w, int p0, int p1, float* c) {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch_oracle as ref
-from oracle.experts import ACTIVATIONS, Activation, Rounding, layer_forward
-from oracle.registry import each_activation, span_rows
+from oracle.experts import ACTIVATIONS, Activation, layer_forward
+from oracle.registry import each_activation
 
 from ktmoe.autograd import LoraTensors, moe_forward
 from ktmoe.base import BaseMoEWrapper
@@ -57,11 +57,9 @@ def exact(
     if adapter is not None:
         matrices = {n: ref.bf16(t) for n, t in zip(names, adapter[:6], strict=True) if t is not None}
     hidden, ids, routing = inputs
-    activations = "int8" if ref.int8_products(wrapper) else "bf16"
-    rounding = Rounding(activations, span_rows=span_rows(wrapper.layer.format, wrapper.layer.isa))
     return layer_forward(
-        weights, hidden.double(), ids, routing.double(), matrices, adapter.scaling if adapter else 1.0, rounding,
-        activation=activation, biases=biases,
+        weights, hidden.double(), ids, routing.double(), matrices, adapter.scaling if adapter else 1.0,
+        ref.rounding(wrapper), activation=activation, biases=biases,
     )  # fmt: skip
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch_oracle as ref
 from hostile_files import save_sharded
-from oracle.experts import Rounding, layer_forward
-from oracle.registry import span_rows
+from oracle.experts import layer_forward
 
 from ktmoe.io.published import dequantize
 from ktmoe.io.sources import open_source
@@ -37,10 +36,8 @@ def file_weights(shape, path):
 
 def expected(wrapper, weights, hidden, ids, routing):
     """float64 on the weights of the file; activations are rounded where the kernels round them."""
-    layer = wrapper.layer
-    rounding = Rounding("bf16", (), *(span_rows(f, layer.isa) for f in (layer.format, layer.down_format)))
     experts = list(zip(*weights, strict=True))
-    return layer_forward(experts, hidden.double(), ids, routing.double(), rounding=rounding)
+    return layer_forward(experts, hidden.double(), ids, routing.double(), rounding=ref.rounding(wrapper))
 
 
 def check(shape, wrapper, weights, n_tokens=(1, 5, 40)) -> None:
