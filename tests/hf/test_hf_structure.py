@@ -133,6 +133,25 @@ def test_recognised() -> None:
     assert not looks_like_experts(nn.Linear(3, 3))
 
 
+class Shared(nn.Module):
+    """As in Inkling: experts that every token uses, in stacks of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in {"gate_proj": (2, INTER, H), "up_proj": (2, INTER, H), "down_proj": (2, H, INTER)}.items():
+            setattr(self, name, nn.Parameter(torch.empty(*shape, device="meta")))
+
+    def forward(self, hidden_states: torch.Tensor, gammas: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_shared_experts_stay_beside_routed_ones() -> None:
+    config = SimpleNamespace(num_experts_per_tok=2)
+    assert [spec.name for spec in find_experts(Model(Experts(), Shared()), config)] == ["layers.0.moe"]
+    with pytest.raises(UnsupportedExpertsError, match=r"'layers.0.moe' \(Shared\).*interface"):
+        find_experts(Model(Shared()), config)
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [

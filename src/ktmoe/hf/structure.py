@@ -7,6 +7,7 @@ module that say how its numbers are laid out. Whatever we cannot compute exactly
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,12 +81,20 @@ def looks_like_experts(module: nn.Module) -> bool:
     return DOWN in stacks and bool(stacks & {GATE_UP, UP})
 
 
-def find_experts(model: nn.Module, config: Any) -> list[ExpertsSpec]:
-    """Describes every experts module of `model` (which may be on the meta device), in module order.
+def is_routed(module: nn.Module) -> bool:
+    """True if the module is called with (hidden, ids, weights), not, as shared experts are, for every token."""
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    return len(kinds) >= 3 or inspect.Parameter.VAR_POSITIONAL in kinds
 
-    Raises UnsupportedExpertsError for experts that cannot be computed exactly, ValueError if there are none.
+
+def find_experts(model: nn.Module, config: Any) -> list[ExpertsSpec]:
+    """Describes every module of routed experts of `model` (which may be on the meta device), in module order.
+
+    Beside routed experts, those that every token uses stay what they are. Raises UnsupportedExpertsError for experts
+    that cannot be computed exactly, ValueError if there are none.
     """
     found = [(name, module) for name, module in model.named_modules() if looks_like_experts(module)]
+    found = [(name, module) for name, module in found if is_routed(module)] or found
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no experts modules that ktmoe recognises "
