@@ -52,6 +52,28 @@ def test_sft_then_generate(chat_model: Path, rows_file: Path, adapter: Path) -> 
     assert tuned.startswith("It is")
 
 
+def test_gguf_file(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
+    """One file is the whole model: config, tokenizer, weights. Or the file has the weights alone."""
+    pytest.importorskip("gguf")
+    from hf.gguf_checkpoint import llama_tensors, qwen3_keys, write_model
+    from hf.tiny_models import make_checkpoint
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    sizes = {"vocab_size": len(tokenizer), "moe_intermediate_size": 64}
+    folder = make_checkpoint("qwen3_moe", tmp_path / "original", **sizes)
+    keys = qwen3_keys(AutoConfig.from_pretrained(folder)) | {"vocab_size": len(tokenizer)}
+    types = {"_exps": "Q8_0"}
+    file = write_model(tmp_path / "m.gguf", "qwen3moe", llama_tensors(folder), keys, tokenizer, types)
+    settings = ["--method", "LLAMAFILE_SFT", "--rank", 4, "--lr", 0.02, "--batch-size", 6, "--max-steps", 2]
+    output = invoke("sft", "--model", file, "--data", rows_file, "--output", tmp_path / "a", *settings)
+    assert "experts held as LLAMAFILE_SFT" in output
+    how = ["--method", "LLAMAFILE", "--adapter", tmp_path / "a", "--prompt", "What is", "--max-new-tokens", 6]
+    alone = invoke("generate", "--model", file, *how, only_stdout=True)
+    tokenizer.save_pretrained(folder)
+    assert invoke("generate", "--model", folder, "--gguf-file", file, *how, only_stdout=True) == alone
+
+
 def test_sft_options(chat_model: Path, rows_file: Path, tmp_path: Path) -> None:
     """The int8 method, experts only, accumulation, checkpointing, evaluation rows of their own, epochs."""
     settings = ["--method", "AMXINT8_SFT", "--no-attention", "--grad-accum", 2, "--gradient-checkpointing"]
@@ -97,7 +119,7 @@ def test_user_errors_have_no_traceback(
     assert run_main(monkeypatch, "generate", "--model", rows, "--prompt", "x") == 1
     assert "is a file, expected a model folder" in capsys.readouterr().err
     assert run_main(monkeypatch, "generate", "--model", tmp_path / "nowhere", "--prompt", "x") == 1
-    assert f"Error: there is no model folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
+    assert f"Error: there is no model folder or GGUF file {tmp_path / 'nowhere'}" in capsys.readouterr().err
     assert run_main(monkeypatch, "generate", "--model", chat_model, "--prompt", "x", "--adapter", tmp_path) == 1
     assert "is not a PEFT adapter" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ HELP = "Generate text. The prompt goes through the tokenizer's chat template if 
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="Model folder or Hub id.")],
+    model: Annotated[str, typer.Option(help="Model folder, Hub id or GGUF file.")],
     prompt: Annotated[str, typer.Option(help="What to say to the model.")],
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter folder.")] = None,
     method: Annotated[str, typer.Option(help="How the experts are held.")] = "BF16",
@@ -22,6 +22,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per physical core.")] = None,
     packed: Annotated[Path | None, typer.Option(help="Experts packed by ktmoe quantize.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file of the weights, if not --model itself.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Prints the answer as it is made; what it took goes to stderr."""
@@ -31,8 +32,8 @@ def generate(
 
     if adapter is not None and not (adapter / "adapter_config.json").exists():
         raise console.UserError(f"{adapter} is not a PEFT adapter (it has no adapter_config.json)")
-    tokenizer = training.load_tokenizer(model)
-    loaded = training.load_model(model, method, threads, packed)
+    tokenizer = training.load_tokenizer(model, gguf_file)
+    loaded = training.load_model(model, method, threads, packed, gguf_file)
     if adapter is not None:
         from peft import PeftModel
 

@@ -22,7 +22,7 @@ HELP = (
 
 
 def sft(
-    model: Annotated[str, typer.Option(help="Model folder or Hub id.")],
+    model: Annotated[str, typer.Option(help="Model folder, Hub id or GGUF file.")],
     data: Annotated[Path, typer.Option(help="Training rows (JSON lines).")],
     output: Annotated[Path, typer.Option(help="Where the adapter goes.")],
     method: Annotated[str, typer.Option(help="How the experts are held: a method that ends in _SFT.")] = "AMXBF16_SFT",
@@ -40,6 +40,7 @@ def sft(
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, one more forward.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per physical core.")] = None,
     packed: Annotated[Path | None, typer.Option(help="Experts packed by ktmoe quantize.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file of the weights, if not --model itself.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the adapter and of the order of rows.")] = 0,
 ) -> None:
     """Trains, evaluates if there are held-out rows, and saves the adapter."""
@@ -61,7 +62,7 @@ def sft(
         packed=packed,
         seed=seed,
     )
-    _run(model, data, output, settings, max_length, eval_data, eval_fraction)
+    _run(model, gguf_file, data, output, settings, max_length, eval_data, eval_fraction)
 
 
 def _check(method: str, eval_data: Path | None, eval_fraction: float) -> None:
@@ -79,6 +80,7 @@ def _check(method: str, eval_data: Path | None, eval_fraction: float) -> None:
 
 def _run(
     model: str,
+    gguf_file: str | None,
     data: Path,
     output: Path,
     settings: TrainSettings,
@@ -93,11 +95,11 @@ def _run(
     # Rows first: a typo in line 7 should not cost the minutes that a large model takes to load.
     rows = read_rows(data)
     rows, held_out = (rows, read_rows(eval_data)) if eval_data is not None else split_rows(rows, eval_fraction)
-    tokenizer = training.load_tokenizer(model)
+    tokenizer = training.load_tokenizer(model, gguf_file)
     examples = _encode(rows, tokenizer, max_length, data)
     held_out_examples = _encode(held_out, tokenizer, max_length, eval_data or data) if held_out else []
     began = time.monotonic()
-    base = training.load_model(model, settings.method, settings.threads, settings.packed)
+    base = training.load_model(model, settings.method, settings.threads, settings.packed, gguf_file)
     console.out.print(f"{model}: experts held as {settings.method}, loaded in {time.monotonic() - began:.1f} s")
     peft_model = training.add_adapter(base, settings)
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)

@@ -13,6 +13,7 @@ from ktmoe.cli.console import UserError
 from ktmoe.cli.plain_eval import Example, collate
 from ktmoe.cli.progress import TimeLimit, TrainingProgress
 from ktmoe.hf import ThroughputCallback, fast_bf16, from_pretrained, lora_config
+from ktmoe.hf.gguf_model import GgufModel
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,18 @@ class TrainResult:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def load_model(path: str, method: str, threads: int | None = None, packed: Path | None = None) -> Any:
+def load_model(
+    path: str, method: str, threads: int | None = None, packed: Path | None = None, gguf_file: str | None = None
+) -> Any:
     """The model with its experts in ktmoe; what is not an expert is in the dtype that torch is fast in here.
 
-    packed: a folder that `ktmoe quantize` has made of it, or None.
+    packed: a folder that `ktmoe quantize` has made of it, or None. gguf_file: as in `from_pretrained`.
     """
     use_threads(threads)
     dtype = "auto" if fast_bf16() else torch.float32
-    return from_pretrained(path, method=method, cpuinfer_threads=threads, dtype=dtype, packed=packed)
+    return from_pretrained(
+        path, method=method, gguf_file=gguf_file, cpuinfer_threads=threads, dtype=dtype, packed=packed
+    )
 
 
 def use_threads(threads: int | None) -> None:
@@ -65,19 +70,16 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model, with a padding token. UserError for a folder that does not exist, or a file."""
+def load_tokenizer(path: str, gguf_file: str | None = None) -> Any:
+    """The tokenizer of a model, with a padding token. UserError for a folder or file that does not exist."""
     from transformers import AutoTokenizer
 
-    if Path(path).is_file():
-        raise UserError(
-            f"{path} is a file, expected a model folder or Hub id. The experts of a GGUF file can be used in one: "
-            "`ktmoe quantize FILE -m LLAMAFILE -o DIR`, then --method LLAMAFILE --packed DIR"
-        )
-    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise UserError(f"there is no model folder {path}")
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    if path.startswith(("/", ".", "~")) and not Path(path).exists():
+        raise UserError(f"there is no model folder or GGUF file {path}")
+    model = GgufModel.find(path, gguf_file)
+    if model is None and Path(path).is_file():
+        raise UserError(f"{path} is a file, expected a model folder, GGUF file or Hub id")
+    tokenizer = AutoTokenizer.from_pretrained(path) if model is None else model.tokenizer()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from os import PathLike
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from ktmoe.hf import quantizer  # noqa: F401  (registers the quantizer)
 from ktmoe.hf.config import DEFAULT_METHOD, KTMoEConfig
+from ktmoe.hf.gguf_model import GgufModel
 from ktmoe.hf.quantised import take_quantization
 
 _log = logging.getLogger("ktmoe")
@@ -20,14 +22,24 @@ _ENGINE_KEYS = inspect.signature(KTMoEConfig).parameters.keys() - {"method", "ch
 
 
 def from_pretrained(
-    model: str | PathLike[str], method: str = DEFAULT_METHOD, *, model_class: Any = None, **kwargs: Any
+    model: str | PathLike[str],
+    method: str = DEFAULT_METHOD,
+    *,
+    gguf_file: str | PathLike[str] | None = None,
+    model_class: Any = None,
+    **kwargs: Any,
 ) -> Any:
-    """Loads a MoE model from a folder or a Hub id; its experts are packed for `method` while they are read.
+    """Loads a MoE model from a folder, a Hub id or a GGUF file; its experts are packed for `method` while read.
 
     The checkpoint holds floats, FP8 (DeepSeek-V3, MiniMax-M2, ...), compressed-tensors (Kimi-K2, ...) or MXFP4
     (GPT-OSS). The methods of a kind (`FP8`, `FP8_SFT`; `RAWINT4`, `AMXINT4_KGroup_SFT`; `LLAMAFILE`, `LLAMAFILE_SFT`)
     compute with published experts as they are, the other methods quantise what those stand for. What is not an expert
     is computed in floats.
+
+    gguf_file: a GGUF file, by its path or by its name in the folder or Hub repository `model`, which holds all weights
+        (split files: the first). `model` gives the config, or the file itself does if there is none. `LLAMAFILE` and
+        `LLAMAFILE_SFT` compute with its experts as they are. Architectures: those of `ktmoe.hf.gguf_weights.RENAMED`,
+        and those for which transformers has conversions.
 
     The packed experts are kept in `~/.cache/ktmoe` and mapped at the next start; cache=False or KTMOE_CACHE=off do not.
     packed=DIR maps a folder made by `ktmoe quantize` instead.
@@ -45,13 +57,18 @@ def from_pretrained(
     engine = {key: kwargs.pop(key) for key in _ENGINE_KEYS if key in kwargs}
     settings = KTMoEConfig(method, **engine)
     config = kwargs.pop("config", None)
+    gguf = GgufModel.find(str(model), None if gguf_file is None else os.fspath(gguf_file), **kwargs)
     if config is None:
         # trust_remote_code is passed on only if the caller said so.
         config_keys = (*_CONFIG_KEYS, "trust_remote_code")
-        config = AutoConfig.from_pretrained(model, **{key: kwargs[key] for key in config_keys if key in kwargs})
-    settings.checkpoint = take_quantization(config, str(model))
+        of_config = {key: kwargs[key] for key in config_keys if key in kwargs}
+        config = AutoConfig.from_pretrained(model, **of_config) if gguf is None else gguf.config(**of_config)
     model_class = AutoModelForCausalLM if model_class is None else model_class
-    loaded = model_class.from_pretrained(model, config=config, quantization_config=settings, **kwargs)
+    if gguf is None:
+        settings.checkpoint = take_quantization(config, str(model))
+        loaded = model_class.from_pretrained(model, config=config, quantization_config=settings, **kwargs)
+    else:
+        loaded = gguf.load(config, model_class, settings, **kwargs)
     result = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
     if not fast_bf16() and any(p.dtype == torch.bfloat16 and p.is_cpu for p in result.parameters()):
         _log.warning(

@@ -23,10 +23,7 @@ def take_quantization(config: Any, name: str) -> dict[str, Any] | None:
     None if there is none, or only a leftover of ktmoe's. ValueError for a kind that is not read.
     """
     taken = None
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        found = getattr(part, "quantization_config", None)
-        if found is None:
-            continue
+    for found in drop_quantization(config):
         found = dict(found) if isinstance(found, dict) else found.to_dict()
         kind = found.get("quant_method")
         kind = found["quant_method"] = str(getattr(kind, "value", kind))  # of an enumeration in config objects
@@ -37,8 +34,17 @@ def take_quantization(config: Any, name: str) -> dict[str, Any] | None:
                     "Use another version of the model."
                 )
             taken = found
-        del part.quantization_config
     return taken
+
+
+def drop_quantization(config: Any) -> list[Any]:
+    """Deletes every quantization_config in a model config, and returns them."""
+    parts = {id(part): part for part in (config, config.get_text_config())}.values()
+    found = [part.quantization_config for part in parts if getattr(part, "quantization_config", None) is not None]
+    for part in parts:
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return found
 
 
 def floats_beside_experts(quantizer: Any, checkpoint: dict[str, Any] | None) -> list[Any]:

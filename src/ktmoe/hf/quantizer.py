@@ -23,8 +23,10 @@ from ktmoe.hf.checkpoint import CheckpointFiles
 from ktmoe.hf.config import QUANT_METHOD, KTMoEConfig
 from ktmoe.hf.experts import KTExperts
 from ktmoe.hf.experts_on_disk import ExpertsOnDisk, PlainExperts, QuantisedExperts
+from ktmoe.hf.gguf_weights import conversions
 from ktmoe.hf.quantised import floats_beside_experts
 from ktmoe.hf.structure import ExpertsSpec, find_experts
+from ktmoe.io.gguf_files import files_of
 
 
 @register_quantizer(QUANT_METHOD)
@@ -33,16 +35,19 @@ class KTMoEQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: KTMoEConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        checkpoint = quantization_config.checkpoint
+        self._gguf: str | None = checkpoint["path"] if checkpoint and checkpoint["quant_method"] == "gguf" else None
         # The checkpoint, which is never in our packed form. The loader then leaves dtypes to our conversions.
-        self.pre_quantized = quantization_config.checkpoint is not None
+        self.pre_quantized = checkpoint is not None and self._gguf is None
         self._files: list[Path] = []
         self._conversions: list[Any] = []
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
-        self._files = [Path(name) for name in checkpoint_files or ()]
-        if not self._files or any(file.suffix != ".safetensors" for file in self._files):
+        self._files = [Path(name) for name in (files_of(self._gguf) if self._gguf else checkpoint_files or ())]
+        known = ".gguf" if self._gguf else ".safetensors"
+        if not self._files or any(file.suffix != known for file in self._files):
             raise ValueError(
                 "ktmoe streams experts from safetensors files; this model has none. "
                 "Load it with plain transformers and save_pretrained() it once."
@@ -60,6 +65,9 @@ class KTMoEQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Called with the table that the loader will use (the user's ``key_mapping`` included): remembered for us."""
         self._conversions = super().update_weight_conversions(weight_conversions, model)
+        if self._gguf is not None:
+            table = conversions(self.quantization_config.checkpoint["architecture"], model.config)
+            return self._conversions if table is None else table
         return self._conversions + floats_beside_experts(self, self.quantization_config.checkpoint)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -73,12 +81,14 @@ class KTMoEQuantizer(HfQuantizer):
         specs = [layer.spec for layer in layers]
         with ExitStack() as stack:
             experts: ExpertsOnDisk
-            if self.pre_quantized:
-                experts = QuantisedExperts(self._files[0].parent)
+            if self._gguf or self.pre_quantized:
+                experts = QuantisedExperts(self._files[0] if self._gguf else self._files[0].parent)
             else:
                 files = stack.enter_context(CheckpointFiles(self._files))
                 experts = PlainExperts(files, specs, self._conversions, str(model.base_model_prefix))
-            kept = ExpertCache.open(self._files, config.variant, experts) if config.cache else None
+            # A folder may have several GGUF models.
+            variant = f"{config.variant}-{self._files[0].stem}" if self._gguf else config.variant
+            kept = ExpertCache.open(self._files, variant, experts) if config.cache else None
             desc = f"Packing experts ({config.method})"
             with logging.tqdm(total=sum(spec.n_experts for spec in specs), desc=desc, unit="expert") as bar:
                 fill_layers(layers, experts, kept, _Speed(bar))

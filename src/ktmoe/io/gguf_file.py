@@ -16,25 +16,18 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import WeightFileError
 from .experts import projections_of
+from .gguf_files import GGUF_SUFFIX, files_of, headers_of, read_bytes
 from .gguf_header import GgufEntry, read_header, stamp_of
-from .gguf_types import FLOAT_TYPES, GGUF_TYPE_OF, can_dequantize, dequantize_rows, gguf
+from .gguf_types import FLOAT_TYPES, FORMAT_OF, can_dequantize, dequantize_rows, kind_of
 from .index_json import open_regular
-from .limits import MAX_SHARDS, MAX_TENSORS
+from .limits import MAX_TENSORS
 from .published import PublishedMatrix, plain, quantize
 from .source import Source
-
-_SUFFIX = ".gguf"
-_SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
-_FORMAT_OF = {kind: format for format, kind in GGUF_TYPE_OF.items()} | dict.fromkeys(FLOAT_TYPES, "bf16")
-_FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
 
 _Tensors = dict[str, tuple[str, GgufEntry]]  # name -> file and entry
 _Stack = tuple[str, str, GgufEntry]  # file, name and entry
@@ -61,13 +54,21 @@ def is_gguf(path: str, prefer: bool = False) -> bool:
             names = os.listdir(path)
         except OSError:  # named by whoever reads the folder next
             return False
-        return any(n.endswith(_SUFFIX) for n in names) and (
+        return any(n.endswith(GGUF_SUFFIX) for n in names) and (
             prefer or not any(n.endswith(".safetensors") for n in names)
         )
-    if path.endswith(_SUFFIX) or not os.path.isfile(path):
-        return path.endswith(_SUFFIX)
+    if path.endswith(GGUF_SUFFIX) or not os.path.isfile(path):
+        return path.endswith(GGUF_SUFFIX)
     with open(path, "rb") as file:
         return file.read(4) == b"GGUF"
+
+
+_ANY_EXPERT = re.compile(r"blk\.[0-9]+\.ffn_(?:(?:gate|up|gate_up|down)_exps|(?:gate|up|down)\.[0-9]+)\..*")
+
+
+def is_expert(name: str) -> bool:
+    """True if this is the name of a tensor of routed experts."""
+    return bool(_ANY_EXPERT.fullmatch(name))
 
 
 _EXPERTS = re.compile(r"blk\.(?P<layer>[0-9]{1,6})\.ffn_(?P<projection>gate|up|gate_up|down)(?:_exps|\.0)\.weight")
@@ -80,7 +81,7 @@ def gguf_layers(path: str) -> dict[int, dict[str, GgufEntry]]:
     """
     layers: dict[int, dict[str, GgufEntry]] = {}
     depth = MAX_TENSORS
-    for file in _files_of(path):
+    for file in files_of(path):
         header = read_header(file)
         if "block_count" in header.keys:
             depth = header.keys["block_count"] - header.keys.get("nextn_predict_layers", 0)
@@ -99,7 +100,7 @@ class GgufSource(Source):
         self._hidden, self._inter = hidden, inter
         self._layer = layer
         self._roles = projections_of(gated)
-        self._tensors, self._biases, stamps = _tensors_of(_files_of(path), layer)
+        self._tensors, self._biases, stamps = _tensors_of(files_of(path), layer)
         if gates := [name for name in self._tensors | self._biases if not gated and ".ffn_gate" in name]:
             raise WeightFileError(f"{self._where}: {gates[0]} is a gate, but the layer has experts without one")
         self._stacked = any("exps" in name for name in self._tensors)
@@ -141,7 +142,7 @@ class GgufSource(Source):
         found = {}
         for role, stack in self._bias_stacks.items():
             piece = self._slice(stack, role, expert)
-            found[f"{role}_bias"] = self._pread(piece).view(_FLOAT_DTYPES[piece.type]).float()
+            found[f"{role}_bias"] = self._bytes(piece).view(FLOAT_TYPES[piece.type]).float()
         return found
 
     # --- which tensor ---------------------------------------------------------------------------------------------
@@ -221,32 +222,21 @@ class GgufSource(Source):
             raise WeightFileError(f"{file}: tensor {name!r}: got shape {list(entry.shape)}, expected {list(shape)}")
         if entry.nbytes < 0:
             raise WeightFileError(f"{file}: tensor {name!r}: got {entry.type}, which the package gguf does not know")
-        if entry.type not in _FORMAT_OF and not can_dequantize(_kind(entry.type)):
+        if entry.type not in FORMAT_OF and not can_dequantize(kind_of(entry.type)):
             raise WeightFileError(f"{file}: tensor {name!r}: got {entry.type}, which the package gguf cannot decode")
 
     # --- its bytes ------------------------------------------------------------------------------------------------
-    def _matrix(self, piece: _Piece, n: int, k: int, format: str) -> PublishedMatrix:
-        rows = self._pread(piece).view(n, -1)
-        if piece.type in _FLOAT_DTYPES:
-            weights = rows.view(_FLOAT_DTYPES[piece.type])
-            return plain(weights) if format == "bf16" else quantize(weights, format)
-        if _FORMAT_OF.get(piece.type) == format:
-            return PublishedMatrix(format, (rows,), (n, k))
-        return quantize(dequantize_rows(rows, _kind(piece.type)), format)
+    def _bytes(self, piece: _Piece) -> Tensor:
+        return read_bytes(self._open[piece.file], piece.file, piece.name, piece.offset, piece.nbytes)
 
-    def _pread(self, piece: _Piece) -> Tensor:
-        result = torch.empty(piece.nbytes, dtype=torch.uint8, device="cpu")
-        view = result.numpy().data
-        done = 0
-        while done < piece.nbytes:
-            count = os.preadv(self._open[piece.file], [view[done:]], piece.offset + done)
-            if count == 0:
-                raise WeightFileError(
-                    f"{piece.file}: tensor {piece.name!r}: got {done} bytes, expected {piece.nbytes}: "
-                    "the file is truncated"
-                )
-            done += count
-        return result
+    def _matrix(self, piece: _Piece, n: int, k: int, format: str) -> PublishedMatrix:
+        rows = self._bytes(piece).view(n, -1)
+        if piece.type in FLOAT_TYPES:
+            weights = rows.view(FLOAT_TYPES[piece.type])
+            return plain(weights) if format == "bf16" else quantize(weights, format)
+        if FORMAT_OF.get(piece.type) == format:
+            return PublishedMatrix(format, (rows,), (n, k))
+        return quantize(dequantize_rows(rows, kind_of(piece.type)), format)
 
 
 def _halves(name: str) -> int:
@@ -254,45 +244,14 @@ def _halves(name: str) -> int:
     return 2 if "gate_up" in name else 1
 
 
-def _kind(name: str) -> Any:
-    return gguf().GGMLQuantizationType[name]
-
-
 def _common_format(types: set[str]) -> str:
     """One format for matrices of these types."""
     if len(types) == 1:
-        return _FORMAT_OF.get(next(iter(types)), "q8_0")
-    return "bf16" if types & set(FLOAT_TYPES) else "q8_0"
+        return FORMAT_OF.get(next(iter(types)), "q8_0")
+    return "bf16" if types & FLOAT_TYPES.keys() else "q8_0"
 
 
-# --- which files --------------------------------------------------------------------------------------------------
-def _files_of(path: str) -> list[str]:
-    """All files of the model that `path`, a file or a folder, names."""
-    if os.path.isdir(path):
-        # The projector of a multimodal model lies beside it.
-        names = [n for n in sorted(os.listdir(path)) if n.endswith(_SUFFIX) and not n.startswith("mmproj")]
-        first = {match["stem"] if (match := _SPLIT.fullmatch(n)) else n: n for n in reversed(names)}
-        if len(first) != 1:
-            found = f"several models ({', '.join(sorted(first)[:4])})" if first else f"no {_SUFFIX} file"
-            raise WeightFileError(f"{path}: got {found}, expected one; weight_path may name a file")
-        path = os.path.join(path, next(iter(first.values())))
-    split = _SPLIT.fullmatch(os.path.basename(path))
-    if not split:
-        count = read_header(path).keys.get("split.count", 1)
-        if count > 1:
-            raise WeightFileError(f"{path}: is one of {count} files, but not named like *-00001-of-{count:05}{_SUFFIX}")
-        return [path]
-    count = int(split["count"])
-    if not 0 < count <= MAX_SHARDS:
-        raise WeightFileError(f"{path}: got {count} files by its name, expected 1..{MAX_SHARDS}")
-    folder = os.path.dirname(path)
-    files = [os.path.join(folder, f"{split['stem']}-{i + 1:05}-of-{count:05}{_SUFFIX}") for i in range(count)]
-    missing = [file for file in files if not os.path.exists(file)]
-    if missing:
-        raise WeightFileError(f"{missing[0]}: is missing ({len(missing)} of the {count} files of this model)")
-    return files
-
-
+# --- which tensors ------------------------------------------------------------------------------------------------
 def _tensors_of(files: list[str], layer: int) -> tuple[_Tensors, _Tensors, dict[str, tuple[int, ...]]]:
     """Name -> (file, entry) of the weights of a layer's experts, of their biases, and file -> stamp of its header."""
     wanted = re.compile(
@@ -302,14 +261,8 @@ def _tensors_of(files: list[str], layer: int) -> tuple[_Tensors, _Tensors, dict[
     weights: _Tensors = {}
     biases: _Tensors = {}
     stamps = {}
-    for number, file in enumerate(files):
-        header = read_header(file)
+    for file, header in headers_of(files):
         stamps[file] = header.stamp
-        if header.keys.get("split.count", len(files)) != len(files) or header.keys.get("split.no", number) != number:
-            raise WeightFileError(
-                f"{file}: says it is number {header.keys.get('split.no')} of {header.keys.get('split.count')} files, "
-                f"expected number {number} of {len(files)} (counted from 0)"
-            )
         for name, entry in header.tensors.items():
             match = wanted.fullmatch(name)
             if not match:

@@ -58,6 +58,8 @@ class GgufHeader:
     keys: Mapping[str, int]
     """The keys with integer values that are used: alignment, split numbers, numbers of layers (without the name of the
     architecture, which they begin with)."""
+    architecture: str
+    """general.architecture, "" if it is missing."""
     stamp: tuple[int, ...]
     """`stamp_of` the file."""
 
@@ -157,7 +159,7 @@ def _parse(walker: _Walker, stamp: tuple[int, ...]) -> GgufHeader:
         raise walker.fail(f"got GGUF version {version}, expected 2 or 3")
     n_tensors = walker.bounded("<Q", MAX_TENSORS, "number of tensors")
     n_keys = walker.bounded("<Q", MAX_GGUF_KEYS, "number of keys")
-    keys = _read_keys(walker, n_keys)
+    keys, architecture = _read_keys(walker, n_keys)
     alignment = keys.get("general.alignment", 32)
     if not 0 < alignment <= MAX_GGUF_ALIGNMENT or alignment & (alignment - 1):
         raise walker.fail(f"general.alignment: got {alignment}, expected a power of two up to {MAX_GGUF_ALIGNMENT}")
@@ -165,12 +167,13 @@ def _parse(walker: _Walker, stamp: tuple[int, ...]) -> GgufHeader:
     base = -(-walker.at // alignment) * alignment
     tensors = {name: _entry(walker, name, info, base, stamp[0]) for name, info in infos.items()}
     _refuse_overlap(walker, tensors)
-    return GgufHeader(MappingProxyType(tensors), MappingProxyType(keys), stamp)
+    return GgufHeader(MappingProxyType(tensors), MappingProxyType(keys), architecture, stamp)
 
 
-def _read_keys(walker: _Walker, count: int) -> dict[str, int]:
-    """Walks over all keys; returns those that are used."""
+def _read_keys(walker: _Walker, count: int) -> tuple[dict[str, int], str]:
+    """Walks over all keys; returns the numbers that are used, and the architecture."""
     used: dict[str, int] = {}
+    architecture = ""
     for number in range(count):
         key = walker.name(f"name of key {number}")
         kind = walker.number("<I", f"type of key {key!r}")
@@ -183,11 +186,13 @@ def _read_keys(walker: _Walker, count: int) -> dict[str, int]:
             used[key] = walker.number(_SCALARS[kind], what)
         elif key.partition(".")[2] in _LAYER_KEYS and kind in _UNSIGNED:
             used[key.partition(".")[2]] = walker.number(_SCALARS[kind], what)
+        elif key == "general.architecture" and kind == _STRING:
+            architecture = walker.name(what)
         elif kind == _ARRAY:
             _skip_array(walker, what)
         else:
             _skip_value(walker, kind, what)
-    return used
+    return used, architecture
 
 
 def _skip_value(walker: _Walker, kind: int, what: str) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 GGUF_TYPE_OF = {name: name.upper() for name in ("q4_0", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl", "mxfp4")}
 """The formats of the engine that are GGUF's own bytes, and GGUF's names for them."""
-FLOAT_TYPES = ("F32", "F16", "BF16")
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FORMAT_OF = {kind: format for format, kind in GGUF_TYPE_OF.items()} | dict.fromkeys(FLOAT_TYPES, "bf16")
+"""GGUF's name of a type -> the engine's format that holds it as it is, or rounded to bf16."""
 BLOCK_WEIGHTS = {"q4_0": 32, "q8_0": 32, "q4_k": 256, "q5_k": 256, "q6_k": 256, "iq4_nl": 32, "mxfp4": 32}
 """Weights of a block of each format; a row is padded with zeros to whole blocks."""
 BLOCK_BYTES = {"q4_0": 18, "q8_0": 34, "q4_k": 144, "q5_k": 176, "q6_k": 210, "iq4_nl": 18, "mxfp4": 17}
@@ -32,6 +34,11 @@ def type_of(number: int) -> Any:
         return gguf().GGMLQuantizationType(number)
     except ValueError:
         return None
+
+
+def kind_of(name: str) -> Any:
+    """The `GGMLQuantizationType` of this name."""
+    return gguf().GGMLQuantizationType[name]
 
 
 def block_of(kind: Any) -> tuple[int, int]:
