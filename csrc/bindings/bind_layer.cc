@@ -213,7 +213,8 @@ void backward(const MoeLayer& layer, const ForwardCache& cache, const InArray& g
     for (std::size_t i = first; i < 6; ++i) {
       const auto [rows, columns] = lora->shape(static_cast<LoraTensor>(i));
       TensorArg<OutArray> g("backward", "lora_grads", (*lora_grads)[i - first]);
-      grads.lora[i] = g.dtype({Dtype::fp32}).shape({c.n_experts, rows, columns}).contiguous().data<float>();
+      g.dtype({Dtype::fp32}).shape({c.n_experts, rows, columns}).rows_contiguous();
+      grads.lora[i] = {g.data<float>(), g.stride(0), g.stride(1)};
     }
   }
   if (base_grads) {

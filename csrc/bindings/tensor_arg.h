@@ -80,7 +80,8 @@ class TensorArg {
     return *this;
   }
   TensorArg& rows_contiguous() {
-    require(a_.nbytes() == 0 || a_.shape(1) <= 1 || a_.stride(1) == 1, ErrorKind::value, where_, " strides: got ", a_.stride(1),
+    const std::size_t last = a_.ndim() - 1;
+    require(a_.nbytes() == 0 || a_.shape(last) <= 1 || a_.stride(last) == 1, ErrorKind::value, where_, " strides: got ", a_.stride(last),
             " in the last dimension, expected 1");
     return *this;
   }

@@ -101,7 +101,7 @@ class ExpertBackward {
  private:
   static bool scaled(const PackedMatrix& w) { return format_info(w.layout().format).has_scales; }
   const Slice& slice() const { return p_.part.slice(); }
-  bool want_lora() const { return p_.grads.lora[kDownA]; }
+  bool want_lora() const { return static_cast<bool>(p_.grads.lora[kDownA]); }
   bool want_base() const { return static_cast<bool>(p_.grads.base[2]); }
   float scaling() const { return p_.lora->scaling * p_.dropout.factor(); }
   Dropout::Row mask(Dropout::Site site, int row) const {
@@ -365,10 +365,10 @@ class ExpertBackward {
     }
   };
   Target target(LoraTensor t) const {
-    const auto [rows, columns] = p_.lora->shape(t);
+    const LoraGradient& grad = p_.grads.lora[t];
     const Region own = region_of(t, *p_.lora, slice());
-    return {p_.grads.lora[t] + (static_cast<std::ptrdiff_t>(e_) * rows + own.row) * columns + own.column, columns, own.rows, own.columns,
-            p_.in.first_chunk};
+    const bool second = t == kUpA && grad.data == p_.grads.lora[kGateA].data;  // of a sum
+    return {grad.at(e_, own.row, own.column), grad.row, own.rows, own.columns, p_.in.first_chunk && !second};
   }
   void write_rows(LoraTensor t, const float* src, std::ptrdiff_t ld) {
     const Target to = target(t);
@@ -443,12 +443,11 @@ void combine(ThreadPool::Session& session, const Pass& pass) {
   });
 }
 
-// Zeros in the region of matrix e, of those at `tensor` of `rows` x `columns` each.
-void clear(FloatOrBf16 tensor, int e, int rows, int columns, const Region& own) {
-  const FloatOrBf16 at = tensor.from((static_cast<std::ptrdiff_t>(e) * rows + own.row) * columns + own.column);
-  for (std::ptrdiff_t i = 0; i < own.rows; ++i) {
-    if (at.f32) std::fill_n(at.f32 + i * columns, own.columns, 0.0f);
-    if (at.b16) std::fill_n(at.b16 + i * columns, own.columns, bf16{});
+// Zeros in `rows` x `columns` at `at`, whose rows are `ld` apart.
+void clear(FloatOrBf16 at, std::ptrdiff_t rows, std::ptrdiff_t columns, std::ptrdiff_t ld) {
+  for (std::ptrdiff_t i = 0; i < rows; ++i) {
+    if (at.f32) std::fill_n(at.f32 + i * ld, columns, 0.0f);
+    if (at.b16) std::fill_n(at.b16 + i * ld, columns, bf16{});
   }
 }
 
@@ -465,11 +464,13 @@ void LayerPart::clear_gradients(ThreadPool::Session& session, const RoutePlan* f
     for (const LoraTensor t : {kGateA, kGateB, kUpA, kUpB, kDownA, kDownB}) {
       const bool own_term = t == kGateA || t == kUpA || t == kDownB;
       if (!grads.lora[t] || (own_term && !slice_.leads())) continue;
-      const auto [rows, columns] = lora->shape(t);
-      clear({grads.lora[t]}, e, rows, columns, region_of(t, *lora, slice_));
+      const Region own = region_of(t, *lora, slice_);
+      clear({grads.lora[t].at(e, own.row, own.column)}, own.rows, own.columns, grads.lora[t].row);
     }
-    for (const FloatOrBf16& g : {grads.base[0], grads.base[1]}) clear(g, e, whole, hidden, {slice_.first, slice_.inter, 0, hidden});
-    clear(grads.base[2], e, hidden, whole, {0, hidden, slice_.first, slice_.inter});
+    const std::ptrdiff_t matrix = static_cast<std::ptrdiff_t>(whole) * hidden;
+    for (const FloatOrBf16& g : {grads.base[0], grads.base[1]})
+      clear(g.from(e * matrix + static_cast<std::ptrdiff_t>(slice_.first) * hidden), slice_.inter, hidden, hidden);
+    clear(grads.base[2].from(e * matrix + slice_.first), hidden, slice_.inter, whole);
   });
 }
 

@@ -50,59 +50,95 @@ LoraExpert LoraAdapter::expert(int e, const Slice& slice) const {
           PackedMatrix(views[3], data[3])};
 }
 
-void LoraAdapter::update(SubPools& pools, const std::array<StridedTensor, 6>& tensors) {
-  const KernelTable& kernels = kernels_for(active_isa());
-  SubPools::Session session(pools, pools.count());
-  session.parallel_for(n_experts, [&](int e, Scratch& scratch) { pack_expert(kernels, scratch, e, tensors); });
-  version_ = next_serial_number();
+void StridedTensor::copy(const KernelTable& kernels, int dimension, int n, bf16* dst) const {
+  const std::int64_t step = stride[dimension];
+  const auto* floats = static_cast<const float*>(data);
+  const auto* halves = static_cast<const bf16*>(data);
+  if (step == 1 && is_fp32) return kernels.round_row(floats, n, dst);
+  if (step == 1) return static_cast<void>(std::copy_n(halves, n, dst));
+  for (int i = 0; i < n; ++i) dst[i] = is_fp32 ? to_bf16(floats[i * step]) : halves[i * step];
 }
 
-void LoraAdapter::pack_expert(const KernelTable& kernels, Scratch& scratch, int e, const std::array<StridedTensor, 6>& tensors) {
-  std::byte* at = data_.data() + expert_bytes_ * static_cast<std::size_t>(e);
-  // Each matrix is first made dense: `columns` wide, `rows` tall, zero where nothing is copied.
-  auto dense = [&](int rows, int columns) {
-    bf16* d = scratch.take<bf16>(static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns));
-    std::memset(d, 0, sizeof(bf16) * static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns));
-    return d;
-  };
-  auto copy = [&](LoraTensor t, bf16* dst, int ld) {
-    const auto [rows, columns] = shape(t);
-    const StridedTensor& src = tensors[t];
-    for (int i = 0; i < rows; ++i, dst += ld) {
-      if (src.is_fp32 && src.stride[2] == 1)
-        kernels.round_row(static_cast<const float*>(src.data) + e * src.stride[0] + i * src.stride[1], columns, dst);
-      else
-        for (int j = 0; j < columns; ++j) dst[j] = to_bf16(src.at(e, i, j));
-    }
-  };
-  auto pack = [&](const PackedLayout& layout, int ld, auto rows) {
-    pack_matrix(kernels, layout, 0, layout.n_panels, ld, rows, at);
-    at += layout.bytes;
-  };
+// Packs some experts that follow each other. Each matrix is first made dense, as bf16 and zero where nothing is copied.
+class LoraAdapter::Packer {
+ public:
+  // PEFT has the experts of a B side by side: a line of memory then belongs to this many of them, which are packed together.
+  static constexpr int kSideBySide = kTileColumns;
+  static bool side_by_side(const StridedTensor& t) { return t.data && t.stride[0] == 1 && t.stride[2] != 1; }
 
-  const int both = gate_up_rank(), before_up = both - rank;
-  bf16* a = dense(both, hidden);
-  if (gated) copy(kGateA, a, hidden);
-  copy(kUpA, a + static_cast<std::ptrdiff_t>(before_up) * hidden, hidden);
-  pack(layouts_[0], hidden, PlainRows{a, hidden, both});
-
-  bf16* up = dense(inter, both);
-  copy(kUpB, up + before_up, both);
-  if (gated) {
-    bf16* gate = dense(inter, both);
-    copy(kGateB, gate, both);
-    pack(layouts_[1], both, PairedRows{gate, up, both, inter});
-  } else {
-    pack(layouts_[1], both, PlainRows{up, both, inter});
+  Packer(LoraAdapter& lora, const KernelTable& kernels, Scratch& scratch, const std::array<StridedTensor, 6>& tensors, int first, int count)
+      : lora_(lora), k_(kernels), tensors_(tensors), first_(first), both_(lora.gate_up_rank()) {
+    for (const LoraTensor t : {kGateA, kGateB, kUpA, kUpB, kDownA, kDownB})
+      if (side_by_side(tensors[t])) take_apart(t, count, scratch);
+    auto dense = [&](int rows, int columns) {
+      return scratch.take<bf16>(static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns));
+    };
+    a_ = dense(both_, lora.hidden), up_ = dense(lora.inter, both_), gate_ = dense(lora.inter, both_);
+    down_a_ = dense(lora.rank, lora.inter), down_b_ = dense(lora.hidden, lora.rank);
+    for (bf16* d : {up_, gate_}) std::fill_n(d, static_cast<std::ptrdiff_t>(lora.inter) * both_, bf16{});
+    for (int i = 0; i < count; ++i) pack(i);
   }
 
-  bf16* down_a = dense(rank, inter);
-  copy(kDownA, down_a, inter);
-  pack(layouts_[2], inter, PlainRows{down_a, inter, rank});
+ private:
+  // The matrices of `count` experts, one behind the other.
+  void take_apart(LoraTensor t, int count, Scratch& scratch) {
+    const auto [rows, columns] = lora_.shape(t);
+    // A line of padding, so that those of all experts do not compete for the same sets of a cache.
+    const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(rows) * columns + 32;
+    bf16* apart = scratch.take<bf16>(static_cast<std::size_t>(size * count));
+    bf16 line[kSideBySide];
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) {
+        tensors_[t].from(first_, i, j).copy(k_, 0, count, line);
+        for (int e = 0; e < count; ++e) apart[e * size + static_cast<std::ptrdiff_t>(i) * columns + j] = line[e];
+      }
+    tensors_[t] = {apart, false, {size, columns, 1}};
+    own_[t] = true;
+  }
 
-  bf16* down_b = dense(hidden, rank);
-  copy(kDownB, down_b, rank);
-  pack(layouts_[3], rank, PlainRows{down_b, rank, hidden});
+  void pack(int i) {
+    std::byte* at = lora_.data_.data() + lora_.expert_bytes_ * static_cast<std::size_t>(first_ + i);
+    auto copy = [&](LoraTensor t, bf16* dst, int ld) {
+      const auto [rows, columns] = lora_.shape(t);
+      for (int row = 0; row < rows; ++row, dst += ld) tensors_[t].from(own_[t] ? i : first_ + i, row, 0).copy(k_, 2, columns, dst);
+    };
+    auto pack = [&](const PackedLayout& layout, int ld, auto rows) {
+      pack_matrix(k_, layout, 0, layout.n_panels, ld, rows, at);
+      at += layout.bytes;
+    };
+    const int hidden = lora_.hidden, inter = lora_.inter, rank = lora_.rank, before_up = both_ - rank;
+    if (lora_.gated) copy(kGateA, a_, hidden);
+    copy(kUpA, a_ + static_cast<std::ptrdiff_t>(before_up) * hidden, hidden);
+    pack(lora_.layouts_[0], hidden, PlainRows{a_, hidden, both_});
+    copy(kUpB, up_ + before_up, both_);
+    if (lora_.gated) {
+      copy(kGateB, gate_, both_);
+      pack(lora_.layouts_[1], both_, PairedRows{gate_, up_, both_, inter});
+    } else {
+      pack(lora_.layouts_[1], both_, PlainRows{up_, both_, inter});
+    }
+    copy(kDownA, down_a_, inter);
+    pack(lora_.layouts_[2], inter, PlainRows{down_a_, inter, rank});
+    copy(kDownB, down_b_, rank);
+    pack(lora_.layouts_[3], rank, PlainRows{down_b_, rank, hidden});
+  }
+
+  LoraAdapter& lora_;
+  const KernelTable& k_;
+  std::array<StridedTensor, 6> tensors_;
+  std::array<bool, 6> own_{};  // taken apart: counted from the first of these experts
+  const int first_, both_;
+  bf16 *a_ = nullptr, *up_ = nullptr, *gate_ = nullptr, *down_a_ = nullptr, *down_b_ = nullptr;
+};
+
+void LoraAdapter::update(SubPools& pools, const std::array<StridedTensor, 6>& tensors) {
+  const KernelTable& kernels = kernels_for(active_isa());
+  const int together = std::any_of(tensors.begin(), tensors.end(), Packer::side_by_side) ? Packer::kSideBySide : 1;
+  SubPools::Session session(pools, pools.count());
+  session.parallel_for(ceil_div(n_experts, together), [&](int i, Scratch& scratch) {
+    Packer(*this, kernels, scratch, tensors, i * together, std::min(together, n_experts - i * together));
+  });
+  version_ = next_serial_number();
 }
 
 }  // namespace ktmoe

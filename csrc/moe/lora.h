@@ -23,16 +23,18 @@
 
 namespace ktmoe {
 
-// A [experts, rows, columns] tensor of fp32 or bf16 with any strides (in elements).
+// A [experts, rows, columns] tensor of fp32 or bf16 with any strides (in elements); absent without data.
 struct StridedTensor {
   const void* data;
   bool is_fp32;
   std::int64_t stride[3];
 
-  float at(std::int64_t e, std::int64_t i, std::int64_t j) const {
+  StridedTensor from(std::int64_t e, std::int64_t i, std::int64_t j) const {
     const std::int64_t at = e * stride[0] + i * stride[1] + j * stride[2];
-    return is_fp32 ? static_cast<const float*>(data)[at] : to_float(static_cast<const bf16*>(data)[at]);
+    return {static_cast<const std::byte*>(data) + at * (is_fp32 ? 4 : 2), is_fp32, {stride[0], stride[1], stride[2]}};
   }
+  // n elements along one of its dimensions as bf16.
+  void copy(const KernelTable& kernels, int dimension, int n, bf16* dst) const;
 };
 
 enum LoraTensor { kGateA, kGateB, kUpA, kUpB, kDownA, kDownB };
@@ -59,7 +61,7 @@ class LoraAdapter {
   LoraExpert expert(int e, const Slice& slice) const;
 
  private:
-  void pack_expert(const KernelTable& kernels, Scratch& scratch, int e, const std::array<StridedTensor, 6>& tensors);
+  class Packer;
   std::array<PackedLayout, 4> layouts_;
   std::size_t expert_bytes_ = 0;
   AlignedBuffer data_;

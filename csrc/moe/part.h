@@ -30,10 +30,19 @@ struct FloatOrBf16 {  // at most one is set
   FloatOrBf16 from(std::ptrdiff_t element) const { return {f32 ? f32 + element : nullptr, b16 ? b16 + element : nullptr}; }
 };
 
-struct Gradients {               // every one may be absent
-  FloatOrBf16 input;             // [n_tokens][hidden]
-  float* weights = nullptr;      // [n_tokens][top_k]
-  std::array<float*, 6> lora{};  // [n_experts][...] in the order of LoraTensor; all that exist, or none; only with an adapter
+// [n_experts][rows][columns] of fp32, whose columns follow each other; strides in elements.
+struct LoraGradient {
+  float* data = nullptr;
+  std::ptrdiff_t expert = 0, row = 0;
+  explicit operator bool() const { return data; }
+  float* at(std::ptrdiff_t e, std::ptrdiff_t i, std::ptrdiff_t j) const { return data + e * expert + i * row + j; }
+};
+
+struct Gradients {           // every one may be absent
+  FloatOrBf16 input;         // [n_tokens][hidden]
+  float* weights = nullptr;  // [n_tokens][top_k]
+  // In the order of LoraTensor; all that exist, or none; only with an adapter. That of up A may be that of gate A: it gets their sum.
+  std::array<LoraGradient, 6> lora{};
   // Of the base weights: gate (absent without one), up [n_experts][inter][hidden], down [n_experts][hidden][inter], or all absent.
   std::array<FloatOrBf16, 3> base{};
 };

@@ -45,11 +45,12 @@ class LoraTerms {
       for (const LoraTensor t : kTensors) {
         if (!whole.lora[t]) continue;
         memory_.emplace_back(checked_mul(checked_mul(size(t), static_cast<std::size_t>(lora_->n_experts)), sizeof(float)));
-        of_[p][t] = memory_.back().as<float>();
+        const auto [rows, columns] = lora_->shape(t);
+        of_[p][t] = {memory_.back().as<float>(), static_cast<std::ptrdiff_t>(rows) * columns, columns};
       }
   }
 
-  const std::array<float*, 6>& of(int part) const { return of_[static_cast<std::size_t>(part)]; }
+  const std::array<LoraGradient, 6>& of(int part) const { return of_[static_cast<std::size_t>(part)]; }
 
   void merge(SubPools::Session& session, const std::vector<ForwardCache::Chunk>& chunks) const {
     if (memory_.empty()) return;
@@ -60,9 +61,12 @@ class LoraTerms {
       if (!active[static_cast<std::size_t>(e)]) return;
       for (const LoraTensor t : kTensors)
         for (std::size_t p = 1; of_[0][t] && p < of_.size(); ++p) {
-          float* sum = of_[0][t] + size(t) * static_cast<std::size_t>(e);
-          const float* term = of_[p][t] + size(t) * static_cast<std::size_t>(e);
-          for (std::size_t i = 0; i < size(t); ++i) sum[i] += term[i];
+          const auto [rows, columns] = lora_->shape(t);
+          for (int i = 0; i < rows; ++i) {
+            float* sum = of_[0][t].at(e, i, 0);
+            const float* term = of_[p][t].at(e, i, 0);
+            for (int j = 0; j < columns; ++j) sum[j] += term[j];
+          }
         }
     });
   }
@@ -74,7 +78,7 @@ class LoraTerms {
   }
 
   const LoraAdapter* lora_;
-  std::vector<std::array<float*, 6>> of_;
+  std::vector<std::array<LoraGradient, 6>> of_;
   std::vector<AlignedBuffer> memory_;
 };
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .base import BaseMoEWrapper
 from .errors import weights_not_loaded
-from .lora import LoraTensors, lora_shapes
-from .train import Dropout, SavedForward, empty_f32, run_backward, run_forward
+from .lora import LoraSource, LoraTensors
+from .train import Dropout, SavedForward, run_backward, run_forward
 
 __all__ = ["LoraTensors", "moe_forward"]
 
@@ -22,14 +22,15 @@ def moe_forward(
     hidden: Tensor,
     ids: Tensor,
     weights: Tensor,
-    lora: LoraTensors | None = None,
+    lora: LoraSource | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """The output of the layer, with gradients for `hidden`, `weights` and the LoRA tensors.
 
     hidden: bf16, fp16 or fp32 [..., hidden]; the layer computes in bf16, output and gradient have hidden's dtype.
     ids: int32 or int64 [..., top_k]; -1 and num_experts mean "not routed here". weights: floating point [..., top_k].
-    lora: None = the base experts alone, also for a wrapper that has LoRA weights of its own.
+    lora: `LoraTensors`, or tensors of another layout (`ktmoe.lora.LoraSource`). None = the base experts alone, also for
+    a wrapper that has LoRA weights of its own.
 
     dropout: elements of the input of each LoRA A are dropped with this probability, as `torch.nn.Dropout` would: pass 0
     for evaluation. Masks follow torch's CPU generator.
@@ -46,14 +47,13 @@ def moe_forward(
     if torch.is_grad_enabled() and (
         hidden.requires_grad
         or weights.requires_grad
-        or (lora is not None and any(t.requires_grad for t in lora.tensors))
+        or (lora is not None and any(t.requires_grad for t in lora.leaves))
     ):
-        tensors = lora.tensors if lora is not None else ()
-        of_lora = lora[6:] if lora is not None else (0.0, 0, "")
-        out: Tensor = _MoEFunction.apply(wrapper, of_lora, drop, ids, hidden, weights, *tensors)  # type: ignore[no-untyped-call]
+        leaves = lora.leaves if lora is not None else ()
+        out: Tensor = _MoEFunction.apply(wrapper, lora, drop, ids, hidden, weights, *leaves)  # type: ignore[no-untyped-call]
     else:
         rows, flat_ids, flat_weights = wrapper._inputs(_narrow(hidden), ids, _widen(weights))
-        packed = wrapper.mirror.acquire(lora) if lora is not None else None
+        packed = wrapper.mirror.acquire(lora.matrices) if lora is not None else None
         out = wrapper._forward(rows, flat_ids, flat_weights, packed, drop).view(hidden.shape)
     return out.to(device, hidden.dtype)
 
@@ -105,22 +105,22 @@ class _MoEFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         wrapper: BaseMoEWrapper,
-        of_lora: tuple[float, int, str],  # scaling, rank, name
+        lora: LoraSource | None,
         dropout: Dropout,
         ids: Tensor,
         hidden: Tensor,
         weights: Tensor,
-        *lora: Any,  # none, or `LoraTensors.tensors`
+        *leaves: Any,  # of `lora`
     ) -> Tensor:
         rows, flat_ids, flat_weights = wrapper._inputs(_narrow(hidden), ids, _widen(weights))
-        packed = wrapper.mirror.acquire(LoraTensors.of(lora, *of_lora)) if lora else None
+        packed = wrapper.mirror.acquire(lora.matrices) if lora is not None else None
         out, saved = run_forward(wrapper.layer, rows, flat_ids, flat_weights, packed, dropout)
         ctx.save_for_backward(_hold(saved))
         ctx.set_materialize_grads(False)
         ctx.wrapper = wrapper
-        ctx.rank = of_lora[1]
+        ctx.lora = lora
         ctx.hidden_dtype, ctx.weights_shape, ctx.weights_dtype = hidden.dtype, weights.shape, weights.dtype
-        ctx.lora_kinds = [(t.device, t.dtype) for t in lora]
+        ctx.leaf_kinds = [(t.device, t.dtype) for t in leaves]
         return out.view(hidden.shape)
 
     @staticmethod
@@ -133,11 +133,9 @@ class _MoEFunction(torch.autograd.Function):
         if not wrapper.layer.loaded:
             raise weights_not_loaded(wrapper.layer_idx)
         (holder,) = ctx.saved_tensors  # once: checkpointing recomputes on access
-        targets = None
+        lora = None
         if any(need[6:]):
-            dims = wrapper.num_experts, wrapper.hidden_size, wrapper.moe_intermediate_size
-            shapes = lora_shapes(*dims, ctx.rank, wrapper.gated)
-            targets = [empty_f32(shape) for shape in shapes]
+            lora = ctx.lora.new_gradients(wrapper.num_experts, wrapper.hidden_size, wrapper.moe_intermediate_size)
         grads = run_backward(
             wrapper.layer,
             _held(holder),
@@ -145,14 +143,15 @@ class _MoEFunction(torch.autograd.Function):
             # Rounded once: to the dtype that the caller computes in.
             hidden_dtype=(torch.bfloat16 if ctx.hidden_dtype is torch.bfloat16 else torch.float32) if need[4] else None,
             top_k=wrapper.num_experts_per_tok if need[5] else None,
-            lora=targets,
+            lora=None if lora is None else lora.targets,
         )
+        of_leaves = [None] * len(need[6:]) if lora is None else lora.of_leaves()
         return (
             *(None,) * 4,
             None if grads.hidden is None else grads.hidden.view(grad_out.shape).to(ctx.hidden_dtype),
             None if grads.weights is None else grads.weights.view(ctx.weights_shape).to(ctx.weights_dtype),
             *(
-                grads.lora[i].to(*kind) if grads.lora is not None and need[6 + i] else None
-                for i, kind in enumerate(ctx.lora_kinds)
+                grad.to(*kind) if grad is not None and needed else None
+                for grad, needed, kind in zip(of_leaves, need[6:], ctx.leaf_kinds, strict=True)
             ),
         )

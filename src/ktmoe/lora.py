@@ -9,18 +9,43 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import _ext
+from . import _ext, large
 from .capsule import to_dlpack
 from .runtime import reset_after_fork
 
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
+
+
+class LoraSource(Protocol):
+    """Tensors of the caller in which the LoRA matrices of a layer lie, in whatever way: autograd sees these alone."""
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The caller's tensors."""
+
+    @property
+    def matrices(self) -> LoraTensors:
+        """Views of them."""
+
+    def new_gradients(self, n_experts: int, hidden: int, inter: int) -> LoraGradients:
+        """Memory for their gradients."""
+
+
+class LoraGradients(NamedTuple):
+    """Where the engine writes the gradients of LoRA matrices, and how they become those of a `LoraSource`'s leaves."""
+
+    targets: list[Tensor]
+    """fp32, in the order of `LORA_NAMES`, rows in one piece. Where A of gate and up is one matrix, the same tensor
+    twice: it gets the sum."""
+    of_leaves: Callable[[], Sequence[Tensor | None]]
+    """fp32, to be called when the targets are written."""
 
 
 class LoraTensors(NamedTuple):
@@ -47,10 +72,24 @@ class LoraTensors(NamedTuple):
         """The matrices that there are, in the order of `LORA_NAMES`: six, or the last four without a gate."""
         return tuple(t for t in self[:6] if t is not None)
 
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], scaling: float, rank: int, name: str = "") -> LoraTensors:
-        """The inverse of `tensors`."""
-        return cls._make((*(None,) * (6 - len(tensors)), *tensors, scaling, rank, name))
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """As `LoraSource`: each matrix is a tensor of its own."""
+        return self.tensors
+
+    @property
+    def matrices(self) -> LoraTensors:
+        """See `LoraSource`."""
+        return self
+
+    def new_gradients(self, n_experts: int, hidden: int, inter: int) -> LoraGradients:
+        """See `LoraSource`."""
+        shapes = lora_shapes(n_experts, hidden, inter, self.rank, gated=self.gate_a is not None)
+        grads = [large.empty(shape, torch.float32) for shape in shapes]
+        if self.gate_a is not self.up_a:
+            return LoraGradients(grads, lambda: grads)
+        summed, gate_b, _, *others = grads
+        return LoraGradients([summed, gate_b, summed, *others], lambda: [summed, gate_b, None, *others])
 
 
 def lora_shapes(

@@ -86,9 +86,9 @@ def run_backward(
     """Gradients of one saved forward; may be called more than once for it.
 
     grad_out: bf16 [n_tokens, hidden]. hidden_dtype: bf16 or fp32, None = no gradient for hidden.
-    top_k: None = no gradient for the routing weights. lora: fp32 C-contiguous tensors, one for
-    each LoRA tensor, that are overwritten. base: fp32 or bf16, C-contiguous, the shapes of gate (if there is one), up
-    and down: overwritten with the gradients of the base weights.
+    top_k: None = no gradient for the routing weights. lora: fp32 tensors, one for each LoRA tensor, that are
+    overwritten; rows in one piece, whatever the other strides are (`LoraGradients.targets`). base: fp32 or bf16,
+    C-contiguous, the shapes of gate (if there is one), up and down: overwritten with the gradients of the base weights.
     """
     n_tokens = grad_out.shape[0]
     hidden = None if hidden_dtype is None else large.empty(grad_out.shape, hidden_dtype)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktmoe.autograd import LoraTensors, moe_forward
+from ktmoe.autograd import moe_forward
 from ktmoe.hf.config import KTMoEConfig, trainable_twin
 from ktmoe.hf.structure import ExpertsSpec
+from ktmoe.lora import LoraSource
 from ktmoe.methods import METHODS
 from ktmoe.wrapper import KTMoEWrapper
 
@@ -72,7 +73,7 @@ class KTExperts(nn.Module):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
-        lora: LoraTensors | None = None,
+        lora: LoraSource | None = None,
     ) -> torch.Tensor:
         """hidden [T, H] of any float type, ids [T, k] int, weights [T, k] float -> [T, H] of hidden's type.
 
@@ -81,7 +82,7 @@ class KTExperts(nn.Module):
         """
         if METHODS[self.method].mode == "sft":
             return moe_forward(self.backend, hidden_states, top_k_index, top_k_weights, lora)
-        factors = () if lora is None else lora.tensors
+        factors = () if lora is None else lora.leaves
         out: torch.Tensor = _InferenceOnly.apply(self, lora, top_k_index, hidden_states, top_k_weights, *factors)  # type: ignore[no-untyped-call]
         return out
 
@@ -125,7 +126,7 @@ class _InferenceOnly(torch.autograd.Function):
     """The forward of a method without gradients. A backward through it names the method to load instead."""
 
     @staticmethod
-    def forward(ctx: Any, experts: KTExperts, lora: LoraTensors | None, ids: torch.Tensor, *tensors: Any) -> Any:
+    def forward(ctx: Any, experts: KTExperts, lora: LoraSource | None, ids: torch.Tensor, *tensors: Any) -> Any:
         ctx.experts = experts
         hidden, weights = tensors[:2]
         return moe_forward(experts.backend, hidden, ids, weights, lora)

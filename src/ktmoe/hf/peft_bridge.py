@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ktmoe.autograd import LoraTensors
+from ktmoe.hf.peft_lora import PeftLora, gate_and_up, matrices_of
 from ktmoe.hf.structure import DOWN
-from ktmoe.lora import fingerprint
+from ktmoe.lora import LoraSource, LoraTensors, fingerprint
 
 MERGE_HINT = (
     "experts are packed ({method}) and cannot take a merged adapter. Merge in plain transformers instead: "
@@ -93,11 +93,19 @@ def _check_merge_or(stock: Callable[..., Any]) -> Callable[..., Any]:
 class _Factors(NamedTuple):
     """What one adapter adds to one parameter of all experts: scaling * B A."""
 
-    a: torch.Tensor
-    """[n_experts, rank, in]"""
-    b: torch.Tensor
-    """[n_experts, out, rank]"""
+    peft_a: torch.Tensor
+    peft_b: torch.Tensor
+    n_experts: int
     scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.peft_a.shape[0] // self.n_experts
+
+    @property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [n_experts, rank, in] and B [n_experts, out, rank]."""
+        return matrices_of(self.peft_a, self.peft_b, self.n_experts)
 
 
 class Joined(NamedTuple):
@@ -110,11 +118,11 @@ class Joined(NamedTuple):
     lora: LoraTensors
 
 
-def active_lora(wrapper: Any, experts: Any) -> LoraTensors | None:
+def active_lora(wrapper: Any, experts: Any) -> LoraSource | None:
     """The factors of the adapters that are active on a chain of wrappers; their sum, if there are several.
 
-    None if no adapter is active (``disable_adapter()``, or none was added). Views of PEFT's own parameters where one
-    adapter has the same rank and scaling everywhere.
+    None if no adapter is active (``disable_adapter()``, or none was added). PEFT's own parameters where one adapter has
+    the same rank and scaling everywhere.
     """
     found: dict[str, list[_Factors]] = {}
     names: dict[str, None] = {}
@@ -128,8 +136,8 @@ def active_lora(wrapper: Any, experts: Any) -> LoraTensors | None:
         return None
     name = "+".join(names)
     if torch.is_grad_enabled():
-        return _to_engine(found, experts, name)
-    sources = [tensor for factors in found.values() for f in factors for tensor in (f.a, f.b)]
+        return _as_it_is(found, experts, name) or _to_engine(found, experts, name)
+    sources = [tensor for factors in found.values() for f in factors for tensor in (f.peft_a, f.peft_b)]
     key = (name, *((parameter, f.scaling) for parameter, of in found.items() for f in of), *fingerprint(sources))
     if experts.joined_lora is None or experts.joined_lora.key != key:
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their changes
@@ -139,14 +147,19 @@ def active_lora(wrapper: Any, experts: Any) -> LoraTensors | None:
 
 
 def _factors(wrapper: Any, adapter: str) -> _Factors:
-    """Those of one adapter. PEFT has A's rows as e*r + k, B's columns as k*E + e."""
-    n_experts = wrapper.num_experts
+    """Those of one adapter."""
     a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-    return _Factors(
-        a.reshape(n_experts, -1, a.shape[1]),
-        b.reshape(b.shape[0], -1, n_experts).permute(2, 0, 1),
-        float(wrapper.scaling[adapter]),
-    )
+    return _Factors(a, b, wrapper.num_experts, float(wrapper.scaling[adapter]))
+
+
+def _as_it_is(found: dict[str, list[_Factors]], experts: Any, name: str) -> PeftLora | None:
+    """None unless there is one adapter with one rank and one scaling, on both parameters."""
+    spec = experts.spec
+    first, down = (found.get(parameter, []) for parameter in (spec.first, DOWN))
+    if len(first) != 1 or len(down) != 1 or (first[0].rank, first[0].scaling) != (down[0].rank, down[0].scaling):
+        return None
+    tensors = (first[0].peft_a, first[0].peft_b, down[0].peft_a, down[0].peft_b)
+    return PeftLora(*tensors, spec.n_experts, spec.gated, spec.interleaved, down[0].scaling, down[0].rank, name)
 
 
 def _to_engine(found: dict[str, list[_Factors]], experts: Any, name: str) -> LoraTensors:
@@ -156,7 +169,7 @@ def _to_engine(found: dict[str, list[_Factors]], experts: Any, name: str) -> Lor
     """
     scalings = {f.scaling for factors in found.values() for f in factors}
     scaling = scalings.pop() if len(scalings) == 1 else 1.0
-    rank = max(sum(f.a.shape[1] for f in factors) for factors in found.values())
+    rank = max(sum(f.rank for f in factors) for factors in found.values())
     n, hidden, inter = experts.num_experts, experts.hidden_dim, experts.intermediate_dim
     spec = experts.spec
     width = 2 * inter if spec.gated else inter
@@ -165,10 +178,8 @@ def _to_engine(found: dict[str, list[_Factors]], experts: Any, name: str) -> Lor
     gate_b: torch.Tensor | None
     if not spec.gated:
         gate_b, up_b = None, first_b
-    elif spec.interleaved:
-        gate_b, up_b = first_b[:, 0::2], first_b[:, 1::2]
     else:
-        gate_b, up_b = first_b[:, :inter], first_b[:, inter:]
+        gate_b, up_b = gate_and_up(first_b, spec.interleaved)
     # gate and up share A: the same tensor twice, so that the engine sums both gradients into one.
     return LoraTensors(
         gate_a=first_a if spec.gated else None,
@@ -188,8 +199,8 @@ def _join(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, B) of the sum: all A one below the other, all B side by side, zeros up to `rank`. shape: experts, in, out."""
     n_experts, n_in, n_out = shape
-    a = [f.a for f in factors]
-    b = [f.b if f.scaling == scaling else f.b * (f.scaling / scaling) for f in factors]
+    a = [f.matrices[0] for f in factors]
+    b = [f.matrices[1] if f.scaling == scaling else f.matrices[1] * (f.scaling / scaling) for f in factors]
     missing = rank - sum(x.shape[1] for x in a)
     if missing:
         device = a[0].device if a else torch.device("cpu")
