@@ -281,8 +281,6 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
             assert grads.hidden is not None  # all three were asked for
             assert grads.weights is not None
             of_lora = grads.lora or []
-            if of_lora and self._shared_a:
-                of_lora[0] = of_lora[2].add_(of_lora[0])
             for buffer, grad in zip(self._grad_buffers or (), of_lora, strict=False):
                 if buffer is not grad:
                     buffer.copy_(grad)
@@ -313,16 +311,18 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
         return lora_shapes(*dims, self.lora_rank, self.gated)
 
     def _grad_targets(self) -> list[Tensor]:
-        """fp32 tensors for the engine to write: the caller's buffers where they fit, new ones elsewhere."""
-        if self._grad_buffers is None:
-            return [empty_f32(shape) for shape in self._lora_shapes()]
+        """fp32 tensors for the engine to write: the caller's buffers where they fit, new ones elsewhere.
+
+        The A that gate and up share has one, which gets the sum.
+        """
+        shapes = self._lora_shapes()
+        buffers = self._grad_buffers or (None,) * len(shapes)
+        first = 1 if self._shared_a else 0
         targets = [
-            b if b.dtype is torch.float32 and b.is_cpu and b.is_contiguous() else empty_f32(b.shape)
-            for b in self._grad_buffers
+            b if b is not None and b.dtype is torch.float32 and b.is_cpu and b.is_contiguous() else empty_f32(shape)
+            for b, shape in zip(buffers[first:], shapes[first:], strict=True)
         ]
-        if self._shared_a:  # its two buffers may be one, too
-            targets[0] = empty_f32(targets[0].shape)
-        return targets
+        return [targets[1], *targets] if self._shared_a else targets
 
     @property
     def _shared_a(self) -> bool:
