@@ -1,5 +1,7 @@
 #include "moe/lora.h"
 
+#include <initializer_list>
+
 #include "base/serial_number.h"
 
 namespace ktmoe {
@@ -59,7 +61,7 @@ void StridedTensor::copy(const KernelTable& kernels, int dimension, int n, bf16*
   for (int i = 0; i < n; ++i) dst[i] = is_fp32 ? to_bf16(floats[i * step]) : halves[i * step];
 }
 
-// Packs some experts that follow each other. Each matrix is first made dense, as bf16 and zero where nothing is copied.
+// Packs `count` experts that follow each other.
 class LoraAdapter::Packer {
  public:
   // PEFT has the experts of a B side by side: a line of memory then belongs to this many of them, which are packed together.
@@ -67,76 +69,95 @@ class LoraAdapter::Packer {
   static bool side_by_side(const StridedTensor& t) { return t.data && t.stride[0] == 1 && t.stride[2] != 1; }
 
   Packer(LoraAdapter& lora, const KernelTable& kernels, Scratch& scratch, const std::array<StridedTensor, 6>& tensors, int first, int count)
-      : lora_(lora), k_(kernels), tensors_(tensors), first_(first), both_(lora.gate_up_rank()) {
-    for (const LoraTensor t : {kGateA, kGateB, kUpA, kUpB, kDownA, kDownB})
-      if (side_by_side(tensors[t])) take_apart(t, count, scratch);
-    auto dense = [&](int rows, int columns) {
-      return scratch.take<bf16>(static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns));
-    };
-    a_ = dense(both_, lora.hidden), up_ = dense(lora.inter, both_), gate_ = dense(lora.inter, both_);
-    down_a_ = dense(lora.rank, lora.inter), down_b_ = dense(lora.hidden, lora.rank);
-    for (bf16* d : {up_, gate_}) std::fill_n(d, static_cast<std::ptrdiff_t>(lora.inter) * both_, bf16{});
-    for (int i = 0; i < count; ++i) pack(i);
+      : lora_(lora), k_(kernels), scratch_(scratch), tensors_(tensors), first_(first), count_(count) {}
+
+  void pack() {
+    const int rank = lora_.rank, both = lora_.gate_up_rank();
+    if (lora_.gated) {
+      pack_a(0, both, lora_.hidden, {kGateA, kUpA});
+      pack_b(1, both, {kGateB, kUpB});
+    } else {
+      pack_a(0, both, lora_.hidden, {kUpA});
+      pack_b(1, both, {kUpB});
+    }
+    pack_a(2, rank, lora_.inter, {kDownA});
+    pack_b(3, rank, {kDownB});
   }
 
  private:
-  // The matrices of `count` experts, one behind the other.
-  void take_apart(LoraTensor t, int count, Scratch& scratch) {
-    const auto [rows, columns] = lora_.shape(t);
-    // A line of padding, so that those of all experts do not compete for the same sets of a cache.
-    const std::ptrdiff_t size = static_cast<std::ptrdiff_t>(rows) * columns + 32;
-    bf16* apart = scratch.take<bf16>(static_cast<std::size_t>(size * count));
-    bf16 line[kSideBySide];
-    for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < columns; ++j) {
-        tensors_[t].from(first_, i, j).copy(k_, 0, count, line);
-        for (int e = 0; e < count; ++e) apart[e * size + static_cast<std::ptrdiff_t>(i) * columns + j] = line[e];
-      }
-    tensors_[t] = {apart, false, {size, columns, 1}};
-    own_[t] = true;
+  std::byte* packed(int e, std::size_t matrix) const {
+    std::byte* at = lora_.data_.data() + lora_.expert_bytes_ * static_cast<std::size_t>(first_ + e);
+    for (std::size_t i = 0; i < matrix; ++i) at += lora_.layouts_[i].bytes;
+    return at;
   }
 
-  void pack(int i) {
-    std::byte* at = lora_.data_.data() + lora_.expert_bytes_ * static_cast<std::size_t>(first_ + i);
-    auto copy = [&](LoraTensor t, bf16* dst, int ld) {
-      const auto [rows, columns] = lora_.shape(t);
-      for (int row = 0; row < rows; ++row, dst += ld) tensors_[t].from(own_[t] ? i : first_ + i, row, 0).copy(k_, 2, columns, dst);
-    };
-    auto pack = [&](const PackedLayout& layout, int ld, auto rows) {
-      pack_matrix(k_, layout, 0, layout.n_panels, ld, rows, at);
-      at += layout.bytes;
-    };
-    const int hidden = lora_.hidden, inter = lora_.inter, rank = lora_.rank, before_up = both_ - rank;
-    if (lora_.gated) copy(kGateA, a_, hidden);
-    copy(kUpA, a_ + static_cast<std::ptrdiff_t>(before_up) * hidden, hidden);
-    pack(lora_.layouts_[0], hidden, PlainRows{a_, hidden, both_});
-    copy(kUpB, up_ + before_up, both_);
-    if (lora_.gated) {
-      copy(kGateB, gate_, both_);
-      pack(lora_.layouts_[1], both_, PairedRows{gate_, up_, both_, inter});
-    } else {
-      pack(lora_.layouts_[1], both_, PlainRows{up_, both_, inter});
+  // One below the other, made dense. Rows, here and below experts, are a line apart, or they compete for the same sets of a cache.
+  static constexpr int kLine = 64 / sizeof(bf16);
+  void pack_a(std::size_t matrix, int rows, int columns, std::initializer_list<LoraTensor> tensors) {
+    const int ld = columns + kLine;
+    bf16* dense = scratch_.take<bf16>(static_cast<std::size_t>(rows) * static_cast<std::size_t>(ld));
+    const PackedLayout& layout = lora_.layouts_[matrix];
+    for (int e = 0; e < count_; ++e) {
+      bf16* dst = dense;
+      for (const LoraTensor t : tensors)
+        for (int i = 0; i < lora_.rank; ++i, dst += ld) tensors_[t].from(first_ + e, i, 0).copy(k_, 2, columns, dst);
+      pack_matrix(k_, layout, 0, layout.n_panels, ld, PlainRows{dense, ld, rows}, packed(e, matrix));
     }
-    copy(kDownA, down_a_, inter);
-    pack(lora_.layouts_[2], inter, PlainRows{down_a_, inter, rank});
-    copy(kDownB, down_b_, rank);
-    pack(lora_.layouts_[3], rank, PlainRows{down_b_, rank, hidden});
+  }
+
+  // A panel of all experts at a time. Two tensors make a paired matrix: the tiles of each have zeros where U is that of the other.
+  void pack_b(std::size_t matrix, int columns, std::initializer_list<LoraTensor> tensors) {
+    const PackedLayout& layout = lora_.layouts_[matrix];
+    const bool paired = tensors.size() == 2;
+    const int n = lora_.shape(*tensors.begin())[0];
+    const std::ptrdiff_t tile = static_cast<std::ptrdiff_t>(kTileColumns) * columns;
+    const std::ptrdiff_t expert = 2 * tile + kLine;
+    bf16* dense = scratch_.take<bf16>(static_cast<std::size_t>(expert * count_));
+    std::fill_n(dense, expert * count_, bf16{});
+    for (int p = 0; p < layout.n_panels; ++p) {
+      int rows[2];
+      for (int t = 0; t < 2; ++t) {
+        const int first = paired ? p * kTileColumns : p * kPanelColumns + t * kTileColumns;
+        rows[t] = std::clamp(n - first, 0, kTileColumns);
+        copy_rows(tensors_[*(tensors.begin() + (paired ? t : 0))], first, rows[t], dense + t * tile + (paired ? t * lora_.rank : 0),
+                  columns, expert);
+      }
+      for (int e = 0; e < count_; ++e) {
+        auto row_of = [&](int, int t) { return std::pair<const bf16*, int>{dense + e * expert + t * tile, rows[t]}; };
+        pack_matrix(k_, layout, p, p + 1, columns, row_of, packed(e, matrix));
+      }
+    }
+  }
+
+  // To `dst` those of the first expert, rows `ld` apart, and so on.
+  void copy_rows(const StridedTensor& t, int first, int rows, bf16* dst, int ld, std::ptrdiff_t expert) const {
+    for (int i = 0; i < rows; ++i, dst += ld) {
+      if (!side_by_side(t)) {
+        for (int e = 0; e < count_; ++e) t.from(first_ + e, first + i, 0).copy(k_, 2, lora_.rank, dst + e * expert);
+        continue;
+      }
+      for (int j = 0; j < lora_.rank; ++j) {
+        bf16 line[kSideBySide];
+        t.from(first_, first + i, j).copy(k_, 0, count_, line);
+        for (int e = 0; e < count_; ++e) dst[e * expert + j] = line[e];
+      }
+    }
   }
 
   LoraAdapter& lora_;
   const KernelTable& k_;
-  std::array<StridedTensor, 6> tensors_;
-  std::array<bool, 6> own_{};  // taken apart: counted from the first of these experts
-  const int first_, both_;
-  bf16 *a_ = nullptr, *up_ = nullptr, *gate_ = nullptr, *down_a_ = nullptr, *down_b_ = nullptr;
+  Scratch& scratch_;
+  const std::array<StridedTensor, 6>& tensors_;
+  const int first_, count_;
 };
 
 void LoraAdapter::update(SubPools& pools, const std::array<StridedTensor, 6>& tensors) {
   const KernelTable& kernels = kernels_for(active_isa());
-  const int together = std::any_of(tensors.begin(), tensors.end(), Packer::side_by_side) ? Packer::kSideBySide : 1;
+  const bool together = std::any_of(tensors.begin(), tensors.end(), Packer::side_by_side);
+  const int step = together ? Packer::kSideBySide : 1;
   SubPools::Session session(pools, pools.count());
-  session.parallel_for(ceil_div(n_experts, together), [&](int i, Scratch& scratch) {
-    Packer(*this, kernels, scratch, tensors, i * together, std::min(together, n_experts - i * together));
+  session.parallel_for(ceil_div(n_experts, step), [&](int i, Scratch& scratch) {
+    Packer(*this, kernels, scratch, tensors, i * step, std::min(step, n_experts - i * step)).pack();
   });
   version_ = next_serial_number();
 }
