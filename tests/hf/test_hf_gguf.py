@@ -168,6 +168,37 @@ def test_architecture_of_which_transformers_knows_the_conversions(tmp_path: Path
         from_pretrained(tmp_path, gguf_file="less.gguf", method="BF16")
 
 
+def test_hub_repository(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a repository come the files of one model, and what is beside them; the revision is that of the caller."""
+    shutil.copytree(qwen3, tmp_path / "repo")
+    first = write_qwen3(qwen3, tmp_path / "repo" / "m.gguf", per_file=9)
+    asked = []
+
+    def snapshot_download(repo: str, **how: Any) -> str:
+        asked.append((repo, how))
+        return str(tmp_path / "repo")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    model = from_pretrained("some/repo", gguf_file=first.name, method="BF16", revision="abc")
+    assert model.name_or_path == "some/repo"
+    ((repo, how),) = asked
+    assert (repo, how["revision"]) == ("some/repo", "abc")
+    assert first.name.replace("00001-of", "*-of") in how["allow_patterns"]
+    assert "*.safetensors" not in how["allow_patterns"]
+
+
+def test_sizes_that_transformers_does_not_read(tmp_path: Path, routing: Any) -> None:
+    """Shared experts, and a gate of theirs that is a vector there."""
+    sizes = {"moe_intermediate_size": INTER, "shared_expert_intermediate_size": 96, "norm_topk_prob": False}
+    folder = make_checkpoint("qwen2_moe", tmp_path / "m", **sizes)
+    config = AutoConfig.from_pretrained(folder)
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    tensors = {n: t.squeeze(0) if "shexp" in n and "inp" in n else t for n, t in llama_tensors(folder).items()}
+    keys = qwen3_keys(config) | {"vocab_size": VOCAB}
+    model = from_pretrained(write_model(tmp_path / "m.gguf", "qwen2moe", tensors, keys), "BF16", dtype=torch.float32)
+    agree(routing, original(folder), model)
+
+
 def test_tied_embeddings(tmp_path: Path, routing: Any) -> None:
     folder = make_checkpoint("qwen3_moe", tmp_path / "m", moe_intermediate_size=INTER, tie_word_embeddings=True)
     path = write_qwen3(folder, tmp_path / "m.gguf")
@@ -211,12 +242,26 @@ def test_cache_tells_files_of_a_folder_apart(
         ({"blk.1.attn_q.bias": torch.zeros(64)}, r"Qwen3MoeForCausalLM has no place for tensor 'blk.1.attn_q.bias'"),
         ({"blk.0.attn_q.weight": torch.zeros(64, 32)}, r"q_proj.weight: got shape \[64, 32\], expected \[64, 64\]"),
         ({"blk.0.ffn_up_exps.weight": None}, r"m.gguf, layer 0: there is no ffn_up_exps.weight"),
+        (
+            {"token_embd.weight": torch.zeros(300, 64)},
+            r"embed_tokens.weight: got shape \[300, 64\], expected \[96",
+        ),
     ],
 )
 def test_files_that_do_not_fit(qwen3: Path, tmp_path: Path, change: dict[str, Tensor | None], text: str) -> None:
     tensors = {name: t for name, t in (llama_tensors(qwen3) | change).items() if t is not None}
     with pytest.raises(WeightFileError, match=text):
         from_pretrained(write_qwen3(qwen3, tmp_path / "m.gguf", tensors), method="BF16")
+
+
+def test_parts_of_latent_attention_that_do_not_fit(tmp_path: Path) -> None:
+    folder = make_checkpoint("deepseek_v3", tmp_path / "m", moe_intermediate_size=INTER)
+    tensors = split_latent(llama_tensors(folder), AutoConfig.from_pretrained(folder))
+    tensors["blk.1.attn_k_b.weight"] = tensors["blk.1.attn_k_b.weight"][:3]
+    write_model(folder / "m.gguf", "deepseek2", tensors)
+    text = r"got blk.1.attn_k_b.weight \[3, \d+, \d+\] and blk.1.attn_v_b.weight .*, expected parts of \[\d+, 16\]"
+    with pytest.raises(WeightFileError, match=text):
+        from_pretrained(folder, gguf_file="m.gguf", method="BF16")
 
 
 def test_what_cannot_be_loaded(qwen3: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ktmoe.hf.gguf_weights import read_beside_experts
 from ktmoe.hf.quantised import drop_quantization
 from ktmoe.io.gguf_file import is_gguf
 from ktmoe.io.gguf_files import files_of, split_pattern
+from ktmoe.io.gguf_header import read_header
 from ktmoe.io.gguf_tensors import GgufTensors
 from ktmoe.io.model_shape import read_model_shape
 from ktmoe.runtime import WorkerPoolConfig, get_engine
@@ -67,11 +68,15 @@ class GgufModel:
 
         if not os.path.isdir(self.home) or os.path.exists(os.path.join(self.home, "config.json")):
             return AutoConfig.from_pretrained(self.home, **kwargs)
-        with self._explained("config"):
-            folder, name = os.path.split(self.path)
-            config = AutoConfig.from_pretrained(folder or ".", gguf_file=name)
-        if hasattr(config, "moe_intermediate_size"):  # not among what transformers reads
-            config.moe_intermediate_size = read_model_shape(self.path).inter
+        with self._read_by_transformers("config") as where:
+            config = AutoConfig.from_pretrained(**where)
+        # Not among what transformers reads.
+        with GgufTensors(self.path) as tensors:
+            shared = next((s[-1] for name, s in tensors.shapes.items() if name.endswith("ffn_down_shexp.weight")), None)
+        sizes = {"moe_intermediate_size": read_model_shape(self.path).inter, "shared_expert_intermediate_size": shared}
+        for key, size in sizes.items():
+            if size is not None and hasattr(config, key):
+                setattr(config, key, size)
         return config
 
     def tokenizer(self) -> Any:
@@ -81,9 +86,8 @@ class GgufModel:
         names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
         if not os.path.isdir(self.home) or any(os.path.exists(os.path.join(self.home, name)) for name in names):
             return AutoTokenizer.from_pretrained(self.home)
-        with self._explained("tokenizer"):
-            folder, name = os.path.split(self.path)
-            return AutoTokenizer.from_pretrained(folder or ".", gguf_file=name)
+        with self._read_by_transformers("tokenizer") as where:
+            return AutoTokenizer.from_pretrained(**where)
 
     def load(self, config: Any, model_class: Any, settings: Any, **kwargs: Any) -> Any:
         """What ``model_class.from_pretrained`` returns. settings: the `KTMoEConfig`. kwargs: of ``from_pretrained``.
@@ -118,9 +122,12 @@ class GgufModel:
         return (loaded, info) if wants_info else loaded
 
     @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def _read_by_transformers(self, what: str) -> Iterator[dict[str, str]]:
+        """Arguments of its ``from_pretrained``. Its reader trusts a file: ours walks through the header first."""
+        read_header(self.path)
+        folder, name = os.path.split(self.path)
         try:
-            yield
+            yield {"pretrained_model_name_or_path": folder or ".", "gguf_file": name}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.path}: transformers cannot make a {what} of it ({error}). Name the original model, which has "

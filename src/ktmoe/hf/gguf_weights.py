@@ -103,15 +103,18 @@ class _Renamed:
         parts = self._key_and_value(name)
         if parts is not None:
             return self._joined(*parts, shape)
-        tensor = self._take(self._gguf_name(name), name)
+        gguf_name, found = self._find(self._gguf_name(name), name)
         # A single row has one dimension there.
-        if [d for d in tensor.shape if d != 1] != [d for d in shape if d != 1]:
-            raise self._misfit(f"{name}: got shape {list(tensor.shape)}, expected {list(shape)}")
-        return tensor.view(shape)
+        if [d for d in found if d != 1] != [d for d in shape if d != 1]:
+            raise self._misfit(f"{name}: got shape {list(found)}, expected {list(shape)}")
+        return self._take(gguf_name).view(shape)
 
-    def _take(self, gguf_name: str | None, name: str) -> Tensor:
+    def _find(self, gguf_name: str | None, name: str) -> tuple[str, tuple[int, ...]]:
         if gguf_name is None or gguf_name not in self._tensors.shapes:
             raise self._misfit(f"there is no tensor for {name} ({gguf_name or 'GGUF has no name for it'})")
+        return gguf_name, self._tensors.shapes[gguf_name]
+
+    def _take(self, gguf_name: str) -> Tensor:
         self._unused.discard(gguf_name)
         return self._tensors.read(gguf_name, self._dtype, self._pool)
 
@@ -133,12 +136,12 @@ class _Renamed:
 
     def _joined(self, key_name: str, value_name: str, shape: tuple[int, ...]) -> Tensor:
         """key [heads, rank, nope] and value [heads, v, rank] to [heads * (nope + v), rank]."""
-        key, value = (self._take(part, part) for part in (key_name, value_name))
-        both = torch.cat((key.transpose(1, 2), value), 1) if key.dim() == value.dim() == 3 else key
-        if both.numel() != shape[0] * shape[1] or both.shape[-1] != shape[1]:
-            found = f"{key_name} {list(key.shape)} and {value_name} {list(value.shape)}"
+        key, value = (self._find(part, part)[1] for part in (key_name, value_name))
+        fit = len(key) == len(value) == 3 and key[0] == value[0] and key[1] == value[2] == shape[1]
+        if not fit or key[0] * (key[2] + value[1]) != shape[0]:
+            found = f"{key_name} {list(key)} and {value_name} {list(value)}"
             raise self._misfit(f"got {found}, expected parts of {list(shape)}")
-        return both.reshape(shape)
+        return torch.cat((self._take(key_name).transpose(1, 2), self._take(value_name)), 1).view(shape)
 
     def _misfit(self, what: str) -> WeightFileError:
         return WeightFileError(f"{self._tensors.files[0]}: {what}. Is the config that of another model?")
