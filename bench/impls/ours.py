@@ -80,7 +80,7 @@ class Direct:
         self.outs: dict[torch.Size, Tensor] = {}
         self.adapter = None
         if lora:
-            tensors = LoraTensors.of(lora, wrapper.lora_scaling, wrapper.lora_rank)
+            tensors = LoraTensors(*lora, wrapper.lora_scaling, wrapper.lora_rank)
             self.adapter = wrapper.mirror.acquire(tensors).adapter
         self.grad_lora = [torch.empty_like(t) for t in lora]
 
