@@ -32,6 +32,7 @@ class KTExperts(nn.Module):
         super().__init__()
         self.spec = spec
         self.method = config.method
+        self.trainable = METHODS[config.method].mode == "sft"
         self.num_experts, self.hidden_dim, self.intermediate_dim = spec.n_experts, spec.hidden, spec.inter
         # PEFT and transformers read the layout from these.
         self.has_gate, self.has_bias = spec.gated, spec.has_bias
@@ -80,10 +81,10 @@ class KTExperts(nn.Module):
         Ids -1 and E mean "not routed here". The backward of a method for inference only is a RuntimeError.
         torch.compile leaves it as it is: graphs end before the experts and go on behind them.
         """
-        if METHODS[self.method].mode == "sft":
+        if self.trainable or not torch.is_grad_enabled():
             return moe_forward(self.backend, hidden_states, top_k_index, top_k_weights, lora)
-        factors = () if lora is None else lora.leaves
-        out: torch.Tensor = _InferenceOnly.apply(self, lora, top_k_index, hidden_states, top_k_weights, *factors)  # type: ignore[no-untyped-call]
+        leaves = () if lora is None else lora.leaves
+        out: torch.Tensor = _InferenceOnly.apply(self, lora, top_k_index, hidden_states, top_k_weights, *leaves)  # type: ignore[no-untyped-call]
         return out
 
     def named_parameters(
