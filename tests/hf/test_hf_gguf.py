@@ -73,6 +73,13 @@ def test_experts_are_computed_as_published(qwen3: Path, tmp_path: Path, routing:
     agree(routing, original(qwen3), model, 2.0**-7)
 
 
+def test_file_without_a_suffix(qwen3: Path, tmp_path: Path) -> None:
+    """As in stores that are addressed by content: a GGUF file by its first bytes."""
+    path = write_qwen3(qwen3, tmp_path / "m.gguf")
+    blob = path.rename(tmp_path / "sha256-0123")
+    assert torch.isfinite(logits(from_pretrained(blob, method="BF16"), tokens())).all()
+
+
 def test_bf16_is_what_a_model_gets_that_says_nothing(qwen3: Path, tmp_path: Path) -> None:
     model = from_pretrained(write_qwen3(qwen3, tmp_path / "m.gguf"), method="BF16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

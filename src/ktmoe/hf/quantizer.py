@@ -46,8 +46,7 @@ class KTMoEQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         self._files = [Path(name) for name in (files_of(self._gguf) if self._gguf else checkpoint_files or ())]
-        known = ".gguf" if self._gguf else ".safetensors"
-        if not self._files or any(file.suffix != known for file in self._files):
+        if not self._gguf and (not self._files or any(file.suffix != ".safetensors" for file in self._files)):
             raise ValueError(
                 "ktmoe streams experts from safetensors files; this model has none. "
                 "Load it with plain transformers and save_pretrained() it once."
@@ -81,7 +80,7 @@ class KTMoEQuantizer(HfQuantizer):
         specs = [layer.spec for layer in layers]
         with ExitStack() as stack:
             experts: ExpertsOnDisk
-            if self._gguf or self.pre_quantized:
+            if config.checkpoint is not None:
                 experts = QuantisedExperts(self._files[0] if self._gguf else self._files[0].parent)
             else:
                 files = stack.enter_context(CheckpointFiles(self._files))
