@@ -119,6 +119,11 @@ def write(path: Path, tensors: Tensors, per_file: int = 0, **keys: object) -> Pa
             writer.add_tensor(name, rows.view(np.float32 if kind == "F32" else np.float16))
         else:
             writer.add_tensor(name, rows, raw_dtype=quant)
+    return finish(writer, path)
+
+
+def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
+    """Writes what `writer` has been given; the (first) file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ktmoe import KTMoEWrapper, LoraTensors, moe_forward
-from ktmoe.hf.peft_lora import PeftLora, gate_and_up, matrices_of
+from ktmoe.hf.peft_lora import PeftLora, lora_tensors, matrices_of
 from ktmoe.lora import LoraSource, lora_shapes
 
 EXPERTS, TOP_K, HIDDEN, INTER = 128, 8, 2048, 768
@@ -32,9 +32,8 @@ def layouts(rank: int) -> dict[str, tuple[list[Tensor], Callable[[], LoraSource]
     peft, viewed = ([torch.randn(size).div(32).requires_grad_() for size in sizes] for _ in range(2))
 
     def views() -> LoraTensors:
-        (first_a, first_b), (down_a, down_b) = (matrices_of(*viewed[i : i + 2], EXPERTS) for i in (0, 2))
-        gate_b, up_b = gate_and_up(first_b, interleaved=False)
-        return LoraTensors(first_a, gate_b, first_a, up_b, down_a, down_b, 2.0, rank, "views")
+        first, down = (matrices_of(*viewed[i : i + 2], EXPERTS) for i in (0, 2))
+        return lora_tensors(first, down, gated=True, interleaved=False, scaling=2.0, rank=rank, name="views")
 
     return {
         "own": (own, lambda: LoraTensors(*own, 2.0, rank, "own")),

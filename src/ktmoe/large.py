@@ -33,6 +33,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(array, dtype=dtype).view(tuple(shape))
 
 
+def empty_f32(shape: Sequence[int]) -> Tensor:
+    """A new fp32 tensor in CPU memory."""
+    return empty(shape, torch.float32)
+
+
 def _memory(size: int) -> mmap.mmap | None:
     """None where the system refuses: torch knows how to say that there is no memory."""
     try:

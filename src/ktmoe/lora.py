@@ -85,7 +85,7 @@ class LoraTensors(NamedTuple):
     def new_gradients(self, n_experts: int, hidden: int, inter: int) -> LoraGradients:
         """See `LoraSource`."""
         shapes = lora_shapes(n_experts, hidden, inter, self.rank, gated=self.gate_a is not None)
-        grads = [large.empty(shape, torch.float32) for shape in shapes]
+        grads = [large.empty_f32(shape) for shape in shapes]
         if self.gate_a is not self.up_a:
             return LoraGradients(grads, lambda: grads)
         summed, gate_b, _, *others = grads

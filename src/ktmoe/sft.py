@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import large
 from .base import BaseMoEWrapper
 from .base_weights import BIAS_NAMES, BaseWeights, base_weights
 from .config import MoEConfig, SFTConfig
@@ -18,7 +19,7 @@ from .errors import cache_full, invalid_cache_index, lora_not_initialized, no_ca
 from .lora import LORA_NAMES, LoraTensors, PackedLora, check_lora, lora_shapes
 from .methods import Method
 from .runtime import reset_after_fork
-from .train import Dropout, SavedForward, empty_f32, run_backward, run_forward
+from .train import Dropout, SavedForward, run_backward, run_forward
 
 GRAD_NAMES = tuple(f"grad_{name}" for name in LORA_NAMES)
 
@@ -319,7 +320,7 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
         buffers = self._grad_buffers or (None,) * len(shapes)
         first = 1 if self._shared_a else 0
         targets = [
-            b if b is not None and b.dtype is torch.float32 and b.is_cpu and b.is_contiguous() else empty_f32(shape)
+            b if b is not None and _is_target(b) else large.empty_f32(shape)
             for b, shape in zip(buffers[first:], shapes[first:], strict=True)
         ]
         return [targets[1], *targets] if self._shared_a else targets
@@ -336,3 +337,8 @@ class AMXSFTMoEWrapper(BaseMoEWrapper):
         if grad_output.shape != shape:
             raise ValueError(f"grad_output: got shape {tuple(grad_output.shape)}, expected {tuple(shape)}")
         return grad_output.detach().reshape(-1, self.hidden_size)
+
+
+def _is_target(buffer: Tensor) -> bool:
+    """True for what the engine can write gradients into."""
+    return buffer.dtype is torch.float32 and buffer.is_cpu and buffer.is_contiguous()

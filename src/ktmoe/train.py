@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,11 +46,6 @@ class Gradients(NamedTuple):
     """fp32, one for each LoRA tensor that there is, in the order of `LORA_NAMES`."""
 
 
-def empty_f32(shape: Sequence[int]) -> Tensor:
-    """A new fp32 tensor in CPU memory."""
-    return large.empty(shape, torch.float32)
-
-
 def run_forward(
     layer: _ext.MoeLayer,
     hidden: Tensor,
@@ -92,7 +86,7 @@ def run_backward(
     """
     n_tokens = grad_out.shape[0]
     hidden = None if hidden_dtype is None else large.empty(grad_out.shape, hidden_dtype)
-    weights = None if top_k is None else empty_f32((n_tokens, top_k))
+    weights = None if top_k is None else large.empty_f32((n_tokens, top_k))
     layer.backward(
         saved.cache,
         to_dlpack(rows_in_one_piece(grad_out)),

@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import torch
+from gguf_files import finish
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -100,11 +101,7 @@ def write_model(
         else:
             quant = gguf.GGMLQuantizationType[kind]
             writer.add_tensor(name, gguf.quants.quantize(values, quant), raw_dtype=quant)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path if path.exists() else min(path.parent.glob(path.stem + "-00001-of-*.gguf"))
+    return finish(writer, path)
 
 
 def _add_tokenizer(writer: Any, tokenizer: Any) -> None:

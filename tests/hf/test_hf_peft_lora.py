@@ -11,7 +11,7 @@ from oracle.layers import Layer, Shape, assert_same, grad_out, make_inputs
 from torch import Tensor
 
 from ktmoe import LoraTensors, moe_forward
-from ktmoe.hf.peft_lora import PeftLora, gate_and_up, matrices_of
+from ktmoe.hf.peft_lora import PeftLora, lora_tensors, matrices_of
 from ktmoe.lora import LoraMirror
 
 SHAPES = [Shape(5, 2, 70, 40), Shape(16, 2, 40, 33), Shape(37, 3, 33, 24)]
@@ -27,10 +27,8 @@ def peft_leaves(shape: Shape, rank: int, width: int, dtype: torch.dtype) -> list
 
 def plain_views(leaves: list[Tensor], shape: Shape, gated: bool, interleaved: bool, rank: int) -> LoraTensors:
     """What autograd can take apart by itself."""
-    first_a, first_b = matrices_of(leaves[0], leaves[1], shape.experts)
-    down_a, down_b = matrices_of(leaves[2], leaves[3], shape.experts)
-    gate_b, up_b = gate_and_up(first_b, interleaved) if gated else (None, first_b)
-    return LoraTensors(first_a if gated else None, gate_b, first_a, up_b, down_a, down_b, 2.0, rank)
+    first, down = (matrices_of(*leaves[i : i + 2], shape.experts) for i in (0, 2))
+    return lora_tensors(first, down, gated=gated, interleaved=interleaved, scaling=2.0, rank=rank, name="")
 
 
 class Wrapper:

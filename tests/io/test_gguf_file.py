@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ktmoe.errors import WeightFileError
-from ktmoe.io import gguf_file, gguf_types
+from ktmoe.io import gguf_types, index_json
 from ktmoe.io.gguf_file import GgufSource, is_gguf
 from ktmoe.io.published import dequantize, quantize
 
@@ -409,13 +409,13 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path) -> None:
 def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch) -> None:
     path, _ = checkpoint(tmp_path, ("Q8_0",) * 3)
     checkpoint(tmp_path, ("Q4_0",) * 3, name="other.gguf")
-    original = gguf_file.open_regular
+    original = index_json.open_regular
 
     def open_regular(file):
         os.replace(tmp_path / "other.gguf", file)
         return original(file)
 
-    monkeypatch.setattr(gguf_file, "open_regular", open_regular)
+    monkeypatch.setattr("ktmoe.io.gguf_files.open_regular", open_regular)
     fds = len(os.listdir("/proc/self/fd"))
     with pytest.raises(WeightFileError, match="changed while it was opened"):
         source(path)

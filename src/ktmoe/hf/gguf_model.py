@@ -21,7 +21,6 @@ from ktmoe.io.model_shape import read_model_shape
 from ktmoe.runtime import WorkerPoolConfig, get_engine
 
 _DOWNLOAD_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-_NOT_FOR_WEIGHTS = (*_DOWNLOAD_KEYS, "subfolder", "proxies", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ class GgufModel:
             return AutoTokenizer.from_pretrained(**where)
 
     def load(self, config: Any, model_class: Any, settings: Any, **kwargs: Any) -> Any:
-        """What ``model_class.from_pretrained`` returns. settings: the `KTMoEConfig`. kwargs: of ``from_pretrained``.
+        """What ``model_class.from_pretrained`` returns. settings: the `KTMoEConfig`. kwargs: of ``from_pretrained``,
+        but for those that say where a model is.
 
         WeightFileError, NotImplementedError: see `read_beside_experts`.
         """
@@ -104,7 +104,6 @@ class GgufModel:
         with GgufTensors(self.path) as tensors:
             state = read_beside_experts(tensors, empty, dtype, engine.pool)
             settings.checkpoint = {"quant_method": "gguf", "path": self.path, "architecture": tensors.architecture}
-        kwargs = {key: value for key, value in kwargs.items() if key not in _NOT_FOR_WEIGHTS}
         wants_info = kwargs.pop("output_loading_info", False)
         loaded, info = type(empty).from_pretrained(
             None,

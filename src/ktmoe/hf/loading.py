@@ -17,7 +17,17 @@ from ktmoe.hf.quantised import take_quantization
 
 _log = logging.getLogger("ktmoe")
 
-_CONFIG_KEYS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
+_WHERE_KEYS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "subfolder",
+    "proxies",
+    "trust_remote_code",
+)
+"""Keywords that say where a model is; passed on only if the caller said them."""
 _ENGINE_KEYS = inspect.signature(KTMoEConfig).parameters.keys() - {"method", "checkpoint", "kwargs"}
 
 
@@ -57,18 +67,17 @@ def from_pretrained(
     engine = {key: kwargs.pop(key) for key in _ENGINE_KEYS if key in kwargs}
     settings = KTMoEConfig(method, **engine)
     config = kwargs.pop("config", None)
-    gguf = GgufModel.find(str(model), None if gguf_file is None else os.fspath(gguf_file), **kwargs)
+    where = {key: kwargs[key] for key in _WHERE_KEYS if key in kwargs}
+    gguf = GgufModel.find(str(model), None if gguf_file is None else os.fspath(gguf_file), **where)
     if config is None:
-        # trust_remote_code is passed on only if the caller said so.
-        config_keys = (*_CONFIG_KEYS, "trust_remote_code")
-        of_config = {key: kwargs[key] for key in config_keys if key in kwargs}
-        config = AutoConfig.from_pretrained(model, **of_config) if gguf is None else gguf.config(**of_config)
+        config = AutoConfig.from_pretrained(model, **where) if gguf is None else gguf.config(**where)
     model_class = AutoModelForCausalLM if model_class is None else model_class
     if gguf is None:
         settings.checkpoint = take_quantization(config, str(model))
         loaded = model_class.from_pretrained(model, config=config, quantization_config=settings, **kwargs)
     else:
-        loaded = gguf.load(config, model_class, settings, **kwargs)
+        how = {key: value for key, value in kwargs.items() if key not in where}
+        loaded = gguf.load(config, model_class, settings, **how)
     result = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
     if not fast_bf16() and any(p.dtype == torch.bfloat16 and p.is_cpu for p in result.parameters()):
         _log.warning(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ktmoe.hf.peft_lora import PeftLora, gate_and_up, matrices_of
+from ktmoe.hf.peft_lora import PeftLora, lora_tensors, matrices_of
 from ktmoe.hf.structure import DOWN
 from ktmoe.lora import LoraSource, LoraTensors, fingerprint
 
@@ -173,21 +173,11 @@ def _to_engine(found: dict[str, list[_Factors]], experts: Any, name: str) -> Lor
     n, hidden, inter = experts.num_experts, experts.hidden_dim, experts.intermediate_dim
     spec = experts.spec
     width = 2 * inter if spec.gated else inter
-    first_a, first_b = _join(found.get(spec.first, []), rank, scaling, (n, hidden, width))
-    down_a, down_b = _join(found.get(DOWN, []), rank, scaling, (n, inter, hidden))
-    gate_b: torch.Tensor | None
-    if not spec.gated:
-        gate_b, up_b = None, first_b
-    else:
-        gate_b, up_b = gate_and_up(first_b, spec.interleaved)
-    # gate and up share A: the same tensor twice, so that the engine sums both gradients into one.
-    return LoraTensors(
-        gate_a=first_a if spec.gated else None,
-        gate_b=gate_b,
-        up_a=first_a,
-        up_b=up_b,
-        down_a=down_a,
-        down_b=down_b,
+    return lora_tensors(
+        _join(found.get(spec.first, []), rank, scaling, (n, hidden, width)),
+        _join(found.get(DOWN, []), rank, scaling, (n, inter, hidden)),
+        gated=spec.gated,
+        interleaved=spec.interleaved,
         scaling=scaling,
         rank=rank,
         name=name,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ktmoe import large
@@ -32,6 +31,23 @@ def gate_and_up(b: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
         return b[:, 0::2], b[:, 1::2]
     inter = b.shape[1] // 2
     return b[:, :inter], b[:, inter:]
+
+
+def lora_tensors(
+    first: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+    *,
+    gated: bool,
+    interleaved: bool,
+    scaling: float,
+    rank: int,
+    name: str,
+) -> LoraTensors:
+    """Of (A, B) of gate and up together, or of up alone, and of down, as from `matrices_of`."""
+    a, b = first
+    gate_b, up_b = gate_and_up(b, interleaved) if gated else (None, b)
+    # gate and up share A: the same tensor twice, so that the engine sums both gradients into one.
+    return LoraTensors(a if gated else None, gate_b, a, up_b, *down, scaling, rank, name)
 
 
 class PeftLora(NamedTuple):
@@ -56,16 +72,21 @@ class PeftLora(NamedTuple):
     @property
     def matrices(self) -> LoraTensors:
         """Views; gate and up share A."""
-        first_a, first_b = matrices_of(self.first_a.detach(), self.first_b.detach(), self.n_experts)
-        down_a, down_b = matrices_of(self.down_a.detach(), self.down_b.detach(), self.n_experts)
-        gate_b, up_b = gate_and_up(first_b, self.interleaved) if self.gated else (None, first_b)
-        gate_a = first_a if self.gated else None
-        return LoraTensors(gate_a, gate_b, first_a, up_b, down_a, down_b, self.scaling, self.rank, self.name)
+        first_a, first_b, down_a, down_b = (leaf.detach() for leaf in self.leaves)
+        return lora_tensors(
+            matrices_of(first_a, first_b, self.n_experts),
+            matrices_of(down_a, down_b, self.n_experts),
+            gated=self.gated,
+            interleaved=self.interleaved,
+            scaling=self.scaling,
+            rank=self.rank,
+            name=self.name,
+        )
 
     def new_gradients(self, n_experts: int, hidden: int, inter: int) -> LoraGradients:
         """See `LoraSource`."""
         rank = self.rank
-        first_a, down_a = (large.empty((n_experts, rank, k), torch.float32) for k in (hidden, inter))
+        first_a, down_a = (large.empty_f32((n_experts, rank, k)) for k in (hidden, inter))
         first_b, down_b = (_rows_of_experts(out, n_experts, rank) for out in (self.first_b.shape[0], hidden))
         of_first = first_b.transpose(0, 1)
         if self.gated:
@@ -82,12 +103,12 @@ class PeftLora(NamedTuple):
 
 def _rows_of_experts(out: int, n_experts: int, rank: int) -> Tensor:
     """fp32 [out, n_experts, rank]. A line between the rows keeps them from competing for the same sets of a cache."""
-    rows = large.empty((out, n_experts * rank + _LINE), torch.float32)
+    rows = large.empty_f32((out, n_experts * rank + _LINE))
     return rows[:, : n_experts * rank].view(out, n_experts, rank)
 
 
 def _turned(rows: Tensor) -> Tensor:
     """[out, rank * n_experts] of [out, n_experts, rank]."""
     out, n_experts, rank = rows.shape
-    turned = large.empty((out, rank, n_experts), torch.float32)
+    turned = large.empty_f32((out, rank, n_experts))
     return turned.copy_(rows.transpose(1, 2)).flatten(1)

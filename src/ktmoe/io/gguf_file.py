@@ -21,10 +21,9 @@ from torch import Tensor
 
 from ..errors import WeightFileError
 from .experts import projections_of
-from .gguf_files import GGUF_SUFFIX, files_of, headers_of, read_bytes
-from .gguf_header import GgufEntry, read_header, stamp_of
-from .gguf_types import FLOAT_TYPES, FORMAT_OF, can_dequantize, dequantize_rows, kind_of
-from .index_json import open_regular
+from .gguf_files import GGUF_SUFFIX, OpenFiles, check_known, files_of, headers_of
+from .gguf_header import GgufEntry, read_header
+from .gguf_types import FLOAT_TYPES, FORMAT_OF, dequantize_rows, kind_of
 from .limits import MAX_TENSORS
 from .published import PublishedMatrix, plain, quantize
 from .source import Source
@@ -112,20 +111,12 @@ class GgufSource(Source):
         self.formats = (_common_format(gate_up), _common_format({self._piece(e, "down").type for e in experts}))
         """Formats of gate/up and of down."""
         self._bias_stacks = self._find_biases()
-        self._open: dict[str, int] = {}
-        try:
-            for file in {file for file, _ in (*self._tensors.values(), *self._biases.values())}:
-                self._open[file] = open_regular(file)
-                if stamp_of(os.fstat(self._open[file])) != stamps[file]:
-                    raise WeightFileError(f"{file}: changed while it was opened")
-        except BaseException:
-            self.close()
-            raise
+        used = {file for file, _ in (*self._tensors.values(), *self._biases.values())}
+        self._files = OpenFiles({file: stamps[file] for file in used})
 
     def close(self) -> None:
         """Closes the files; harmless if repeated."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._files.close()
 
     def read(self, expert: int) -> tuple[PublishedMatrix | None, ...]:
         """gate (None without one), up [inter, hidden] and down [hidden, inter] of one expert, in `formats`."""
@@ -220,14 +211,11 @@ class GgufSource(Source):
     def _check(self, file: str, name: str, entry: GgufEntry, shape: tuple[int, ...]) -> None:
         if entry.shape != shape:
             raise WeightFileError(f"{file}: tensor {name!r}: got shape {list(entry.shape)}, expected {list(shape)}")
-        if entry.nbytes < 0:
-            raise WeightFileError(f"{file}: tensor {name!r}: got {entry.type}, which the package gguf does not know")
-        if entry.type not in FORMAT_OF and not can_dequantize(kind_of(entry.type)):
-            raise WeightFileError(f"{file}: tensor {name!r}: got {entry.type}, which the package gguf cannot decode")
+        check_known(file, name, entry)
 
     # --- its bytes ------------------------------------------------------------------------------------------------
     def _bytes(self, piece: _Piece) -> Tensor:
-        return read_bytes(self._open[piece.file], piece.file, piece.name, piece.offset, piece.nbytes)
+        return self._files.read(piece.file, piece.name, piece.offset, piece.nbytes)
 
     def _matrix(self, piece: _Piece, n: int, k: int, format: str) -> PublishedMatrix:
         rows = self._bytes(piece).view(n, -1)

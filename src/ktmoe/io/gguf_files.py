@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import WeightFileError
-from .gguf_header import GgufHeader, read_header
+from .gguf_header import GgufEntry, GgufHeader, read_header, stamp_of
+from .gguf_types import FORMAT_OF, can_dequantize, kind_of
+from .index_json import open_regular
 from .limits import MAX_SHARDS
 
 GGUF_SUFFIX = ".gguf"
@@ -62,16 +64,46 @@ def headers_of(files: Sequence[str]) -> Iterator[tuple[str, GgufHeader]]:
         yield file, header
 
 
-def read_bytes(descriptor: int, file: str, name: str, offset: int, nbytes: int) -> Tensor:
-    """uint8 [nbytes] of tensor `name`, from `offset` of the file on."""
-    result = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-    view = result.numpy().data
-    done = 0
-    while done < nbytes:
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise WeightFileError(
-                f"{file}: tensor {name!r}: got {done} bytes, expected {nbytes}: the file is truncated"
-            )
-        done += count
-    return result
+class OpenFiles:
+    """Files of a model, held open until close(). WeightFileError for one that is no longer what its header was read of.
+
+    stamps: file -> `GgufHeader.stamp`.
+    """
+
+    def __init__(self, stamps: Mapping[str, tuple[int, ...]]) -> None:
+        self._open: dict[str, int] = {}
+        try:
+            for file, stamp in stamps.items():
+                self._open[file] = open_regular(file)
+                if stamp_of(os.fstat(self._open[file])) != stamp:
+                    raise WeightFileError(f"{file}: changed while it was opened")
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, file: str, name: str, offset: int, nbytes: int) -> Tensor:
+        """uint8 [nbytes] of tensor `name`, from `offset` of the file on."""
+        result = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        view = result.numpy().data
+        done = 0
+        while done < nbytes:
+            count = os.preadv(self._open[file], [view[done:]], offset + done)
+            if count == 0:
+                raise WeightFileError(
+                    f"{file}: tensor {name!r}: got {done} bytes, expected {nbytes}: the file is truncated"
+                )
+            done += count
+        return result
+
+    def close(self) -> None:
+        """Closes the files; harmless if repeated."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def check_known(file: str, name: str, entry: GgufEntry) -> None:
+    """WeightFileError for a tensor of a type that can be neither used nor decoded."""
+    if entry.nbytes < 0:
+        raise WeightFileError(f"{file}: tensor {name!r}: got {entry.type}, which the package gguf does not know")
+    if entry.type not in FORMAT_OF and not can_dequantize(kind_of(entry.type)):
+        raise WeightFileError(f"{file}: tensor {name!r}: got {entry.type}, which the package gguf cannot decode")

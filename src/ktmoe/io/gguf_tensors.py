@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +11,9 @@ from torch import Tensor
 from .. import _ext
 from ..errors import WeightFileError
 from .gguf_file import is_expert
-from .gguf_files import files_of, headers_of, read_bytes
-from .gguf_header import GgufEntry, stamp_of
-from .gguf_types import FLOAT_TYPES, FORMAT_OF, can_dequantize, dequantize_rows, kind_of
-from .index_json import open_regular
+from .gguf_files import OpenFiles, check_known, files_of, headers_of
+from .gguf_header import GgufEntry
+from .gguf_types import FLOAT_TYPES, FORMAT_OF, dequantize_rows, kind_of
 from .published import PublishedMatrix, dequantize
 
 if TYPE_CHECKING:
@@ -37,23 +35,18 @@ class GgufTensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Name -> shape, slowest dimension first."""
         self._where: dict[str, tuple[str, GgufEntry]] = {}
-        self._open: dict[str, int] = {}
-        try:
-            for file, header in headers_of(self.files):
-                self.architecture = self.architecture or header.architecture
-                self._open[file] = open_regular(file)
-                if stamp_of(os.fstat(self._open[file])) != header.stamp:
-                    raise WeightFileError(f"{file}: changed while it was opened")
-                for name, entry in header.tensors.items():
-                    if is_expert(name):
-                        continue
-                    if name in self._where:
-                        raise WeightFileError(f"{file}: tensor {name!r} is in {self._where[name][0]} too")
-                    self._where[name] = file, entry
-                    self.shapes[name] = entry.shape
-        except BaseException:
-            self.close()
-            raise
+        stamps = {}
+        for file, header in headers_of(self.files):
+            stamps[file] = header.stamp
+            self.architecture = self.architecture or header.architecture
+            for name, entry in header.tensors.items():
+                if is_expert(name):
+                    continue
+                if name in self._where:
+                    raise WeightFileError(f"{file}: tensor {name!r} is in {self._where[name][0]} too")
+                self._where[name] = file, entry
+                self.shapes[name] = entry.shape
+        self._open = OpenFiles(stamps)
 
     def read(self, name: str, dtype: torch.dtype, pool: _ext.ThreadPool | None = None) -> Tensor:
         """Tensor `name` in its own shape. What the file has in fp32 (norms, biases, routers) stays fp32.
@@ -61,10 +54,9 @@ class GgufTensors:
         pool: whose threads share the work, as in `quantize`.
         """
         file, entry = self._where[name]
-        if entry.nbytes < 0 or not (entry.type in FLOAT_TYPES or can_dequantize(kind_of(entry.type))):
-            raise WeightFileError(f"{file}: tensor {name!r}: got {entry.type}, which the package gguf cannot decode")
+        check_known(file, name, entry)
         if entry.type == "F32":
-            return self._bytes(file, name, entry, 0, entry.nbytes).view(torch.float32).view(entry.shape)
+            return self._open.read(file, name, entry.offset, entry.nbytes).view(torch.float32).view(entry.shape)
         k = entry.shape[-1] if entry.shape else 1
         n = math.prod(entry.shape) // k if k else 0
         weights = torch.empty(n, k, dtype=dtype, device="cpu")
@@ -72,17 +64,13 @@ class GgufTensors:
         for first in range(0, n, step):
             rows = min(step, n - first)
             begin, end = (entry.nbytes * row // n for row in (first, first + rows))
-            data = self._bytes(file, name, entry, begin, end - begin)
+            data = self._open.read(file, name, entry.offset + begin, end - begin)
             weights[first : first + rows] = _floats(data.view(rows, -1), entry.type, k, pool)
         return weights.view(entry.shape)
 
-    def _bytes(self, file: str, name: str, entry: GgufEntry, begin: int, nbytes: int) -> Tensor:
-        return read_bytes(self._open[file], file, name, entry.offset + begin, nbytes)
-
     def close(self) -> None:
         """Closes the files; harmless if repeated."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._open.close()
 
     def __enter__(self) -> Self:
         return self
